@@ -1,0 +1,184 @@
+"""Ingest: documents from sources into one Parquet layout, whole groups of them held out for evaluation.
+
+Owns reading (`read_documents` in `formats.py` and `botocore_docs.py` do the parsing), document ids, the hold-out and the
+account of what was skipped. Does not clean or deduplicate.
+
+Parts are `train-00000.parquet`, `heldout-00000.parquet` ... with the columns of `SCHEMA_FIELDS`; `skipped.json` lists each
+document that was left out, with the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from forge_ray.artifact import Workspace
+from forge_ray.config import BotocoreSource, FilesSource, IngestConfig
+from forge_ray.data import botocore_docs, formats
+from forge_ray.data.formats import Document, Skipped
+from forge_ray.errors import DataError
+from forge_ray.runtime import map_rows
+from forge_ray.telemetry import format_bytes, say
+
+SCHEMA_FIELDS = ("id", "group", "source", "licence", "text")
+FORMAT_VERSION = 1
+_SHOWN_SKIPS = 3
+
+
+def observe(config: IngestConfig) -> dict[str, Any]:
+    """The state of every source now: what the fingerprint holds instead of a mutable URI.
+
+    Returns:
+        For each source its listing's digest (names, sizes, and times or ETags) or its package's version.
+
+    Raises:
+        ConfigError: No source is configured.
+        StorageError: A source does not exist or cannot be listed.
+        DataError: A source holds no readable file.
+    """
+    return {"sources": [botocore_docs.observe(s) if isinstance(s, BotocoreSource) else formats.observe(s) for s in config.sources]}
+
+
+def run(config: IngestConfig, workspace: Workspace) -> tuple[list[Any], dict[str, Any]]:
+    """Reads every source and stores the parts.
+
+    Returns:
+        The artifact's files and its metrics (documents, bytes, groups, skips by reason).
+
+    Raises:
+        DataError: No document is left for training.
+    """
+    units = [unit for source in config.sources for unit in _units(source)]
+    results = map_rows("ingest", _Reader(config, workspace), units)
+    files, skipped = [], []
+    totals = {split: {"documents": 0, "bytes": 0} for split in ("train", "heldout")}
+    groups: dict[str, set[str]] = {"train": set(), "heldout": set()}
+    for row in results:
+        skipped += row["skipped"]
+        for part in row["parts"]:
+            split = part["split"]
+            files.append(part["entry"].__class__(f"{split}-{len([f for f in files if f.name.startswith(split)]):05d}.parquet",
+                                                 part["entry"].sha256, part["entry"].size_bytes))
+            totals[split]["documents"] += part["documents"]
+            totals[split]["bytes"] += part["bytes"]
+            groups[split].update(part["groups"])
+    metrics = _metrics(totals, groups, skipped)
+    _report_skips(skipped)
+    _check(config, metrics, skipped)
+    import json
+
+    files.append(workspace.put_bytes("skipped.json", json.dumps(skipped, indent=1).encode()))
+    return files, metrics
+
+
+def held_out(config: IngestConfig, group: str) -> bool:
+    """Whether a group is kept from training: named, or its hash falls into the configured share."""
+    if group in config.held_out_groups:
+        return True
+    share = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
+    return share < config.held_out_frac
+
+
+def document_id(document: Document) -> str:
+    """A stable id of 16 hex digits from where the document came from and what it says."""
+    return hashlib.sha256(f"{document.source}\0{document.text}".encode()).hexdigest()[:16]
+
+
+def _units(source: BotocoreSource | FilesSource) -> list[dict[str, Any]]:
+    return botocore_docs.units(source) if isinstance(source, BotocoreSource) else formats.units(source)
+
+
+class _Reader:
+    """The Ray task: reads one unit (some files or services) and stores its documents as parts."""
+
+    __name__ = "ingest"
+
+    def __init__(self, config: IngestConfig, workspace: Workspace) -> None:
+        self.config, self.workspace = config, workspace
+
+    def __call__(self, unit: dict[str, Any]) -> list[dict[str, Any]]:
+        reader = botocore_docs.read if unit["kind"] == "botocore" else formats.read
+        parts: list[dict[str, Any]] = []
+        skipped: list[dict[str, str]] = []
+        open_parts = {split: _Part(split, self.workspace) for split in ("train", "heldout")}
+        for item in self._checked(reader(unit, self.config)):
+            if isinstance(item, Skipped):
+                skipped.append({"source": item.source, "reason": item.reason})
+                continue
+            part = open_parts["heldout" if held_out(self.config, item.group) else "train"]
+            part.add(item)
+            if part.num_bytes >= self.config.part_bytes:
+                parts.append(part.store())
+        parts += [part.store() for part in open_parts.values() if part.rows]
+        return [{"parts": parts, "skipped": skipped}]
+
+    def _checked(self, items: Iterator[Document | Skipped]) -> Iterator[Document | Skipped]:
+        for item in items:
+            if isinstance(item, Document) and len(item.text) < self.config.min_document_chars:
+                yield Skipped(item.source, f"shorter than {self.config.min_document_chars} characters")
+            elif isinstance(item, Document) and len(item.text.encode()) > self.config.max_document_bytes:
+                yield Skipped(item.source, f"larger than {self.config.max_document_bytes} bytes")
+            else:
+                yield item
+
+
+class _Part:
+    """Documents of one split on their way into one Parquet blob."""
+
+    def __init__(self, split: str, workspace: Workspace) -> None:
+        self.split, self.workspace = split, workspace
+        self._clear()
+
+    def _clear(self) -> None:
+        self.rows: list[dict[str, str]] = []
+        self.num_bytes = 0
+
+    def add(self, document: Document) -> None:
+        self.rows.append({"id": document_id(document), "group": document.group, "source": document.source,
+                          "licence": document.licence, "text": document.text})
+        self.num_bytes += len(document.text.encode())
+
+    def store(self) -> dict[str, Any]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.table({name: [row[name] for row in self.rows] for name in SCHEMA_FIELDS})
+        with self.workspace.new_file(self.split) as build:
+            pq.write_table(table, build.stream, compression="zstd")
+        row = {"split": self.split, "entry": build.entry, "documents": len(self.rows), "bytes": self.num_bytes,
+               "groups": sorted({row["group"] for row in self.rows})}
+        self._clear()
+        return row
+
+
+def _metrics(totals: dict[str, Any], groups: dict[str, set[str]], skipped: list[dict[str, str]]) -> dict[str, Any]:
+    reasons: dict[str, int] = {}
+    for row in skipped:
+        reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
+    return {
+        "train_documents": totals["train"]["documents"], "train_bytes": totals["train"]["bytes"],
+        "train_groups": len(groups["train"]),
+        "heldout_documents": totals["heldout"]["documents"], "heldout_bytes": totals["heldout"]["bytes"],
+        "heldout_groups": sorted(groups["heldout"]), "skipped": reasons,
+    }
+
+
+def _report_skips(skipped: list[dict[str, str]]) -> None:
+    for row in skipped[:_SHOWN_SKIPS]:
+        say(f"  skipped {row['source']}: {row['reason']}")
+    if len(skipped) > _SHOWN_SKIPS:
+        say(f"  ... {len(skipped) - _SHOWN_SKIPS} more skipped; all of them are in skipped.json of the artifact")
+
+
+def _check(config: IngestConfig, metrics: dict[str, Any], skipped: list[dict[str, str]]) -> None:
+    where = ", ".join(s.uri if isinstance(s, FilesSource) else "botocore" for s in config.sources)
+    seen = f"{metrics['train_documents']} training and {metrics['heldout_documents']} held-out documents, {len(skipped)} skipped"
+    first = f"; first reason: {skipped[0]['reason']} ({skipped[0]['source']})" if skipped else ""
+    if not metrics["train_documents"]:
+        raise DataError("the corpus is empty: nothing is left to train on", got=f"{where}: {seen}{first}",
+                        wanted="at least one readable document", do="check ingest.sources, held_out_frac and min_document_chars")
+    if not metrics["heldout_documents"]:
+        raise DataError("no document is held out for evaluation", got=f"{where}: {seen}",
+                        wanted="at least one group", do="raise ingest.held_out_frac, or name one in ingest.held_out_groups")
+    say(f"  {seen}, {format_bytes(metrics['train_bytes'])} of training text")

@@ -1,0 +1,1 @@
+"""How good the model is on documents that it has not seen."""

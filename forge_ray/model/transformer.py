@@ -1,0 +1,169 @@
+"""Our decoder in plain PyTorch, in the shape of Qwen3 (dense): what it computes is what transformers and vLLM compute.
+
+RMSNorm before each block, grouped-query attention with normalised queries and keys, rotary positions, SwiGLU, no biases.
+Owns parameters, their initialisation and the forward pass; training is `train/`, names of other libraries are `hf.py`.
+
+Shapes: B batch, T time, D model width, H query heads, G key-value heads, K head size, F feed-forward width, V vocabulary.
+
+Source: Qwen3 technical report (arXiv 2505.09388), section 2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from forge_ray.config import ModelConfig
+from forge_ray.errors import CorruptError
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale, computed in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention that does not look across documents."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.q = nn.Linear(config.d_model, self.num_heads * self.head_dim, bias=False)
+        self.k = nn.Linear(config.d_model, self.num_kv_heads * self.head_dim, bias=False)
+        self.v = nn.Linear(config.d_model, self.num_kv_heads * self.head_dim, bias=False)
+        self.out = nn.Linear(self.num_heads * self.head_dim, config.d_model, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """`mask` is True where a query (row) may see a key (column): (B, 1, T, T); none for plain causal."""
+        B, T, _ = x_BTD.shape
+        q_BHTK = self.q_norm(self.q(x_BTD).view(B, T, self.num_heads, self.head_dim)).transpose(1, 2)
+        k_BGTK = self.k_norm(self.k(x_BTD).view(B, T, self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        v_BGTK = self.v(x_BTD).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q_BHTK, k_BGTK = rotate(q_BHTK, rotary), rotate(k_BGTK, rotary)
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.num_kv_heads
+        )
+        return self.out(y_BHTK.transpose(1, 2).reshape(B, T, -1))
+
+
+class Block(nn.Module):
+    """One layer: attention and SwiGLU, each on a normalised copy and added to the stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """Shape kept."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask)
+        h_BTD = self.mlp_norm(x_BTD)
+        return x_BTD + self.down(F.silu(self.gate(h_BTD)) * self.up(h_BTD))
+
+
+class Transformer(nn.Module):
+    """The whole decoder.
+
+    Args:
+        config: Its shape.
+        vocab_size: Entries of the vocabulary.
+        max_len: Longest sequence; rotary tables are computed for it.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, max_len: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.max_len = config, vocab_size, max_len
+        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = nn.Linear(config.d_model, vocab_size, bias=False)
+        if config.tied_embeddings:
+            self.head.weight = self.embedding.weight
+        cos, sin = rotary_tables(max_len, config.head_dim, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def initialise(self, seed: int) -> Transformer:
+        """Draws every weight from the seed: the same on every machine, whatever the global generator did."""
+        generator = torch.Generator().manual_seed(seed)
+        std = self.config.init_std
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.ndim == 1:
+                    parameter.fill_(1.0)
+                else:
+                    shrink = math.sqrt(2 * self.config.num_layers) if name.endswith(("out.weight", "down.weight")) else 1.0
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * (std / shrink))
+        return self
+
+    def hidden(self, tokens_BT: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Token ids to the normalised last layer, (B, T, D)."""
+        rotary = (self.cos[: tokens_BT.shape[1]], self.sin[: tokens_BT.shape[1]])
+        x_BTD = self.embedding(tokens_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, rotary, mask)
+        return self.norm(x_BTD)
+
+    def forward(self, tokens_BT: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Token ids to logits, (B, T, V)."""
+        return self.head(self.hidden(tokens_BT, mask))
+
+
+def rotary_tables(max_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (max_len, head_dim), in the half-split layout of transformers (arXiv 2104.09864)."""
+    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(max_len, dtype=torch.float32), frequency)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHTK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns each half pair of a head by its position's angle."""
+    cos, sin = (table.to(x_BHTK.dtype) for table in rotary)
+    left, right = x_BHTK.chunk(2, dim=-1)
+    return x_BHTK * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+def document_mask(tokens_BT: Tensor, end_token: int) -> Tensor:
+    """True where a query may see a key: earlier or the same position, and of the same document; (B, 1, T, T).
+
+    An end token opens the document after it, so that a document begins from it alone, as a prompt does.
+    """
+    document_BT = (tokens_BT == end_token).cumsum(dim=1)
+    same = document_BT[:, :, None] == document_BT[:, None, :]
+    T = tokens_BT.shape[1]
+    return (same & torch.ones(T, T, dtype=torch.bool, device=tokens_BT.device).tril()).unsqueeze(1)
+
+
+def load_weights(model: Transformer, tensors: dict[str, Tensor]) -> Transformer:
+    """Takes over a checkpoint's weights, exactly the model's own, neither more nor fewer.
+
+    Raises:
+        CorruptError: Names or shapes differ from the model's.
+    """
+    own = dict(model.named_parameters())
+    wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n, p in own.items() if p.shape != tensors[n].shape)
+    if wrong:
+        raise CorruptError("the weights belong to a model of another shape", got=", ".join(wrong[:3]),
+                           do="use the model section that the run was started with")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+    return model

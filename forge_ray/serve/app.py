@@ -1,0 +1,279 @@
+"""Puts an exported Hugging Face folder behind an OpenAI-compatible endpoint: Ray Serve LLM with vLLM on CPUs.
+
+Owns the deployment (checks before it, its state while it starts, its failure's real text, its end) and the smallest
+client. Does not own the Ray cluster (the caller has joined one), the export, authentication, limits or the audit line:
+without those nothing but loopback should be given as `host`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forge_ray.errors import ServeError
+
+APP_NAME = "forge"
+NEEDED_FILES = ("config.json", "model.safetensors|model.safetensors.index.json", "tokenizer.json")
+
+# What the replicas' processes see: nothing leaves the machine, warnings only, loopback for vLLM's own sockets. The last
+# three choose our engine, let it keep its worker in its own process, and keep Ray's import hook out, which would make
+# the warmed workers' environment differ from the replicas'.
+REPLICA_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TQDM_DISABLE": "1",
+    "RAYLLM_VLLM_ENGINE_CLS": "forge_ray.serve.replica.OneProcessEngine",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK": "0",
+}
+# Eager: compiling costs more than it saves below some 100 M parameters on CPUs. With an explicit cache size vLLM skips its warm-up too.
+ENGINE_DEFAULTS: dict[str, object] = {"load_format": "safetensors", "trust_remote_code": False, "enforce_eager": True, "max_num_seqs": 32}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model that answers at `url` (no trailing slash) under `model_name`."""
+
+    url: str
+    model_name: str
+
+    def complete(self, prompt: str, *, max_tokens: int, temperature: float) -> str:
+        """Returns the text that the model writes after `prompt`, asked over HTTP as any client would.
+
+        Raises:
+            ServeError: The server refused the request or did not answer.
+        """
+        body = {"model": self.model_name, "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature}
+        try:
+            return str(_http(f"{self.url}/v1/completions", body)["choices"][0]["text"])
+        except urllib.error.HTTPError as error:
+            raise ServeError("the model refused the request", got=f"HTTP {error.code}: {error.read(2000).decode(errors='replace')}",
+                             do="shorten the prompt or lower max_tokens if the text says so") from error
+        except OSError as error:
+            raise ServeError("the endpoint does not answer", got=f"{self.url}: {error}", do="start it again") from error
+
+    def stop(self) -> None:
+        """Shuts Serve down on this cluster and frees the port; does nothing when it is down already."""
+        import ray
+        from ray import serve
+
+        if ray.is_initialized():
+            serve.shutdown()
+
+
+def deploy(
+    model_dir: Path,
+    *,
+    model_name: str,
+    host: str,
+    port: int,
+    num_replicas: int,
+    max_model_len: int,
+    kv_cache_bytes: int,
+    cpus_per_replica: float,
+    dtype: str,
+    engine_kwargs: dict[str, object],
+    ready_timeout_s: float,
+    on_state: Callable[[str], None],
+) -> Endpoint:
+    """Serves `model_dir` on `host:port` and returns once it has listed the model to a real HTTP client.
+
+    Args:
+        model_dir: A folder as `save_pretrained` writes it, at the same path on every node that may hold a replica.
+        model_name: What clients put into `"model"`.
+        host: Address the proxy binds; 127.0.0.1 keeps it on this machine.
+        port: Refused when something listens there.
+        num_replicas: Copies of the model.
+        max_model_len: Prompt and answer together, in tokens.
+        kv_cache_bytes: Size of each replica's key-value cache. It is written once at start (1 GiB costs 3 s).
+        cpus_per_replica: What Ray reserves for a replica; the ingress and the proxy reserve nothing, so one free CPU is enough.
+        dtype: "auto", "bfloat16" or "float32".
+        engine_kwargs: More of vLLM's engine arguments; they win over ours.
+        ready_timeout_s: Longest wait, from the call on.
+        on_state: Told in a few words what is happening, each time it changes.
+
+    Raises:
+        ServeError: Refused before anything started, the replica failed (with its own words), or the time is over.
+
+    Cost:
+        27 s from the call to the first answer for 1.4 M parameters on 2 idle cores, nearly all of it imports.
+    """
+    deadline = time.monotonic() + ready_timeout_s
+    model_dir = model_dir.resolve()
+    _check_folder(model_dir)
+    _check_direct_streaming_is_off()
+    _check_port(host, port)
+    _check_no_other_serve()
+    threads = str(max(1, int(cpus_per_replica)))
+    environment = REPLICA_ENVIRONMENT | {"OMP_NUM_THREADS": threads}
+    engine = ENGINE_DEFAULTS | {"max_model_len": max_model_len, "kv_cache_memory_bytes": kv_cache_bytes, "dtype": dtype} | engine_kwargs
+    endpoint = Endpoint(url=f"http://{_for_url(host)}:{port}", model_name=model_name)
+    try:
+        on_state("starting Serve, importing vLLM in two workers")
+        _start_serve_and_submit(
+            host, port, environment, deadline,
+            {"model_dir": str(model_dir), "model_name": model_name, "num_replicas": num_replicas, "cpus": cpus_per_replica,
+             "engine": engine, "env": environment},
+        )
+        _wait_until_ready(endpoint, deadline, ready_timeout_s, on_state)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            endpoint.stop()
+        raise
+    return endpoint
+
+
+def _start_serve_and_submit(host: str, port: int, environment: dict[str, str], deadline: float, what: dict[str, Any]) -> None:
+    """Imports once where it is needed: two Ray workers import vLLM while Serve starts, and then become ingress and replica.
+
+    Ray reuses an idle worker for an actor of the same runtime environment. Where it does not (another node, no idle
+    worker) all still works, 8 s slower. The driver imports neither torch nor vLLM.
+    """
+    import ray
+    from ray import serve
+    from ray.exceptions import GetTimeoutError, RayError
+
+    options = {"num_cpus": 0, "runtime_env": {"env_vars": environment}, "max_retries": 1}
+    loads = [ray.remote(_load).options(name="import vllm", **options).remote() for _ in range(2)]
+    try:
+        serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"}, logging_config={"log_level": "WARNING"})
+        ray.get(loads, timeout=max(1.0, deadline - time.monotonic()))
+        ray.get(ray.remote(_submit).options(name="submit", **options).remote(what), timeout=max(1.0, deadline - time.monotonic()))
+    except GetTimeoutError as error:
+        raise ServeError("Ray's workers did not import vLLM in time", do="raise ready_timeout_s, or free CPUs") from error
+    except (RayError, RuntimeError, ValueError) as error:
+        cause = getattr(error, "cause", None) or error
+        raise ServeError("the application could not be built", got=f"{type(cause).__name__}: {cause}",
+                         do="correct what the text above names and deploy again") from error
+
+
+def _load() -> None:
+    try:
+        import forge_ray.serve.replica
+    except ValueError as error:
+        # Ray 2.60 registers its connectors in the cluster's store, not atomically: of two first imports one may fail.
+        if "already registered" not in str(error):
+            raise
+        import forge_ray.serve.replica  # noqa: F401
+
+
+def _submit(what: dict[str, Any]) -> None:
+    from forge_ray.serve.replica import submit
+
+    submit(APP_NAME, **what)
+
+
+def _wait_until_ready(endpoint: Endpoint, deadline: float, timeout_s: float, on_state: Callable[[str], None]) -> None:
+    """Polls Serve's own status and then the model list over HTTP.
+
+    Raises:
+        ServeError: The deployment failed or the time is over.
+    """
+    from ray import serve
+
+    shown = ""
+    while True:
+        app = serve.status().applications.get(APP_NAME)
+        state = _describe(app)
+        if state != shown:
+            on_state(state)
+            shown = state
+        if app is not None and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ServeError("the model could not be served", got=_failure(app), do="correct what the text above names and deploy again")
+        if app is not None and app.status == "RUNNING" and _lists_model(endpoint):
+            on_state(f"ready at {endpoint.url}")
+            return
+        if time.monotonic() > deadline:
+            raise ServeError("the model was not ready in time", got=f"after {timeout_s:g} s: {_failure(app) if app else state}",
+                             wanted="RUNNING", do="free CPUs for the replica, or raise ready_timeout_s")
+        time.sleep(0.1)
+
+
+def _describe(app: Any) -> str:
+    if app is None:
+        return "deploying"
+    parts = [f"{name} {dep.status.value.lower()}" for name, dep in sorted(app.deployments.items())]
+    return f"{app.status.value.lower()}: " + ", ".join(parts) if parts else app.status.value.lower()
+
+
+def _failure(app: Any) -> str:
+    texts = [app.message, *(f"{name}: {dep.message}" for name, dep in app.deployments.items() if dep.status != "HEALTHY")]
+    return "\n".join(text for text in texts if text) or app.status.value
+
+
+def _lists_model(endpoint: Endpoint) -> bool:
+    try:
+        return endpoint.model_name in [card["id"] for card in _http(f"{endpoint.url}/v1/models", timeout_s=5)["data"]]
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _http(url: str, body: dict[str, object] | None = None, timeout_s: float = 600) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})  # noqa: S310
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a company proxy must not see loopback traffic
+    with opener.open(request, timeout=timeout_s) as response:
+        return json.load(response)
+
+
+def _check_folder(model_dir: Path) -> None:
+    missing = [names for names in NEEDED_FILES if not any((model_dir / name).is_file() for name in names.split("|"))]
+    if missing:
+        raise ServeError("this is no exported model folder", got=f"{model_dir} without {', '.join(missing)}",
+                         wanted="a Hugging Face folder in safetensors", do="run the export stage and give its folder")
+
+
+def _check_direct_streaming_is_off() -> None:
+    if os.environ.get("RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING") == "1":
+        raise ServeError("direct streaming takes our ingress out of the way of requests", got="RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1",
+                         do="unset that variable on every node")
+
+
+def _check_no_other_serve() -> None:
+    import ray
+
+    with contextlib.suppress(ValueError):
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        raise ServeError("Serve runs on this cluster already", wanted="a cluster without Serve: its host and port cannot be changed",
+                         do="stop that endpoint first, or use another cluster")
+
+
+def _for_url(host: str) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServeError(f"cannot listen on {host}:{port}", got=_holder(port) or str(error), wanted="a free port",
+                             do="stop that process, or choose another port") from error
+
+
+def _holder(port: int) -> str | None:
+    """Names the process that listens on `port`, where the operating system lets us see it."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error, OSError):
+        for one in psutil.net_connections("tcp"):
+            if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr.port == port and one.pid:
+                return f"held by process {one.pid} ({' '.join(psutil.Process(one.pid).cmdline())[:120]})"
+    return None

@@ -1,0 +1,88 @@
+"""One serving session: an exported artifact, verified and materialised, behind an endpoint until it is told to stop.
+
+Owns what `forge serve` and the end of `forge run` do. The deployment itself is `app.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from forge_ray.artifact import Artifact
+from forge_ray.config import ServeConfig
+from forge_ray.errors import ServeError
+from forge_ray.serve.app import Endpoint, deploy
+from forge_ray.telemetry import format_s, say
+
+
+@contextmanager
+def session(config: ServeConfig, exported: Artifact) -> Iterator[Endpoint]:
+    """An endpoint for an exported model while the block runs.
+
+    Every file is checked against its SHA-256 before an engine may load it.
+
+    Raises:
+        CorruptError: A file of the model does not verify.
+        ServeError: The address is not loopback, the port is busy, or the engine does not start.
+    """
+    check_address(config.host)
+    if exported.manifest.stage != "export":
+        raise ServeError("only an exported model can be served", got=exported.ref, wanted="export/...", do="give the ref of an export")
+    began = time.monotonic()
+    folder = exported.materialize(_cache() / _safe(exported))
+    endpoint = deploy(
+        folder, model_name=exported.metrics["model_name"], host=config.host, port=config.port, num_replicas=config.num_replicas,
+        max_model_len=config.max_model_len or exported.metrics["max_model_len"], kv_cache_bytes=config.kv_cache_bytes,
+        cpus_per_replica=config.cpus_per_replica, dtype=config.dtype, engine_kwargs={}, ready_timeout_s=config.ready_timeout_s,
+        on_state=lambda state: say(f"  {state}"),
+    )
+    say(f"serve: {exported.ref} answers at {endpoint.url}/v1 as {endpoint.model_name}, after {format_s(time.monotonic() - began)}")
+    try:
+        yield endpoint
+    finally:
+        endpoint.stop()
+
+
+def wait_for_interrupt() -> None:
+    """Returns when the user presses Ctrl-C or the process is asked to end."""
+    import signal
+
+    stop = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        stop.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_address(host: str) -> None:
+    """Refuses to listen where others can reach an endpoint that asks for no key.
+
+    Raises:
+        ServeError: The address is not loopback.
+    """
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ServeError("this endpoint has no authentication yet, so it listens on loopback only", got=f"serve.host {host}",
+                         wanted="127.0.0.1, ::1 or localhost", do="keep it on loopback and reach it through an SSH tunnel")
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "forge-ray" / "models"
+
+
+def _safe(exported: Artifact) -> str:
+    """A folder name for exactly these bytes, whatever workspace they come from."""
+    digests = "".join(sorted(entry.name + entry.sha256 for entry in exported.manifest.files))
+    return f"{exported.manifest.fingerprint}-{hashlib.sha256(digests.encode()).hexdigest()[:12]}"

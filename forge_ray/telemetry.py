@@ -1,0 +1,124 @@
+"""What a run tells while it works: log lines, events, progress on stderr, results on stdout.
+
+Owns the look of the terminal: a live bar where stderr is one, plain lines elsewhere (one every `PLAIN_EVERY_S` seconds).
+Does not own metrics' storage; `Events` appends records to a run's folder in the workspace.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import uuid
+from types import TracebackType
+from typing import Any
+
+from forge_ray.storage import Storage
+
+PLAIN_EVERY_S = 10.0
+
+
+def say(text: str) -> None:
+    """One line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A bar for one piece of work: `update(done, note)` from 0 to `total`.
+
+    The note is what the reader wants to know, such as loss and tokens/s. Time left is reckoned from the rate so far.
+    """
+
+    def __init__(self, label: str, total: int, start: int = 0) -> None:
+        self.label, self.total, self.start, self.done = label, total, start, start
+        self.note = ""
+        self._began = self._printed = time.monotonic()
+        self._live: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Live
+
+            columns = [TextColumn("  {task.description:<12}"), BarColumn(28), TextColumn("{task.completed:.0f}/{task.total:.0f}")]
+            columns += [TextColumn("{task.fields[note]}"), TimeRemainingColumn(compact=True)]
+            self._live = Live(*columns, console=Console(stderr=True))
+            self._task = self._live.add_task(self.label, total=self.total, completed=self.start, note="")
+            self._live.start()
+        return self
+
+    def update(self, done: int, note: str = "") -> None:
+        """Shows that `done` of the total is done."""
+        self.done, self.note = done, note
+        if self._live:
+            self._live.update(self._task, completed=done, note=note)
+        elif time.monotonic() - self._printed >= PLAIN_EVERY_S:
+            self._print()
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        rate = (self.done - self.start) / max(self._printed - self._began, 1e-9)
+        left = f", {format_s((self.total - self.done) / rate)} left" if rate > 0 and self.done < self.total else ""
+        say(f"  {self.label}: {self.done}/{self.total}{f', {self.note}' if self.note else ''}{left}")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+        elif self.done > self.start:
+            self._print()
+
+
+class Events:
+    """Appends JSON records to `runs/<run id>/events/`, one file for each process that writes.
+
+    Each record has a wall-clock `time_s`. A process rewrites its own segment of the log as a whole, so that it works on
+    object stores, which cannot append; segments are closed at `SEGMENT_RECORDS`.
+    """
+
+    SEGMENT_RECORDS = 1000
+
+    def __init__(self, storage: Storage, run_id: str) -> None:
+        self._storage, self._folder = storage, f"runs/{run_id}/events"
+        self._rows: list[str] = []
+        self._next_segment()
+
+    def _next_segment(self) -> None:
+        self._name = f"{self._folder}/{time.time_ns()}-{uuid.uuid4().hex[:8]}.jsonl"
+        self._rows = []
+
+    def add(self, kind: str, **fields: Any) -> None:
+        """Keeps a record; `flush` publishes it."""
+        self._rows.append(json.dumps({"time_s": round(time.time(), 3), "event": kind, **fields}))
+
+    def flush(self) -> None:
+        """Publishes what was added."""
+        if self._rows:
+            self._storage.write(self._name, ("\n".join(self._rows) + "\n").encode())
+        if len(self._rows) >= self.SEGMENT_RECORDS:
+            self._next_segment()
+
+    @staticmethod
+    def read(storage: Storage, run_id: str) -> list[dict[str, Any]]:
+        """All records of a run in the order of time."""
+        rows = []
+        for name in storage.list(f"runs/{run_id}/events"):
+            rows += [json.loads(line) for line in storage.read_bytes(name).decode().splitlines()]
+        return sorted(rows, key=lambda row: row["time_s"])
+
+
+def format_s(seconds: float) -> str:
+    """`9.4 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_bytes(count: float) -> str:
+    """`512 B`, `1.4 MB`: decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,1 @@
+"""Training: the step, its optimizers, slots, checkpoints, and Ray Train around them."""

@@ -1,0 +1,91 @@
+"""AdamW and Muon behind one face: a step at a rate, and a state that is nothing but named tensors.
+
+Owns which parameter gets which rule, and the schedule. The rules themselves are torch's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forge_ray.config import AdamWConfig, MuonConfig, PretrainConfig
+from forge_ray.errors import CorruptError
+
+
+class Optimizer:
+    """Steps a model's parameters.
+
+    With Muon, hidden matrices get Muon and the rest (embedding, output projection, norms) AdamW: what multiplies a one-hot
+    vector, or is one vector, has no spectrum to even out.
+
+    Source: Muon: Jordan et al. 2024, and its scaling to AdamW's update size in Moonlight (arXiv 2502.16982).
+    """
+
+    def __init__(self, model: nn.Module, config: AdamWConfig | MuonConfig) -> None:
+        named = dict(model.named_parameters())  # a tied head is listed once, as the embedding
+        self._names = {parameter: name for name, parameter in named.items()}
+        hidden = [p for n, p in named.items() if p.ndim == 2 and n.startswith("blocks.")] if isinstance(config, MuonConfig) else []
+        taken = {id(p) for p in hidden}
+        rest = [p for p in named.values() if id(p) not in taken]
+        self._rules: list[torch.optim.Optimizer] = [_adamw(rest, config.adamw if isinstance(config, MuonConfig) else config)]
+        if isinstance(config, MuonConfig):
+            self._rules.append(torch.optim.Muon(
+                hidden, lr=config.learning_rate, momentum=config.momentum, nesterov=True, weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            ))
+        self._peaks = [[group["lr"] for group in rule.param_groups] for rule in self._rules]
+
+    def step(self, rate_frac: float) -> None:
+        """Applies the gradients at this share of the peak rates."""
+        for rule, peaks in zip(self._rules, self._peaks, strict=True):
+            for group, peak in zip(rule.param_groups, peaks, strict=True):
+                group["lr"] = peak * rate_frac
+            rule.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state, by `<parameter>/<quantity>`."""
+        return {
+            f"{self._names[parameter]}/{key}": torch.as_tensor(value)
+            for rule in self._rules for parameter, state in rule.state.items() for key, value in state.items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over what `tensors` gave.
+
+        Raises:
+            CorruptError: A tensor belongs to no parameter of this model.
+        """
+        by_name: dict[str, dict[str, Any]] = {}
+        for key, value in tensors.items():
+            name, _, quantity = key.rpartition("/")
+            by_name.setdefault(name, {})[quantity] = value
+        unknown = set(by_name) - set(self._names.values())
+        if unknown:
+            raise CorruptError("the optimizer state belongs to another model", got=", ".join(sorted(unknown)[:3]))
+        for rule in self._rules:
+            for group in rule.param_groups:
+                for parameter in group["params"]:
+                    for quantity, value in by_name.get(self._names[parameter], {}).items():
+                        # `step` counters stay fp32 scalars on the CPU, as torch keeps them.
+                        kept = value.clone() if value.ndim == 0 else value.to(parameter.device).clone()
+                        rule.state[parameter][quantity] = kept
+
+
+def rate_frac(step: int, config: PretrainConfig) -> float:
+    """Share of the peak rate at a step: linear warm-up, constant, linear to zero (a trapezoid, arXiv 2405.18392)."""
+    warmup, decay = config.warmup_frac * config.steps, config.decay_frac * config.steps
+    rise = (step + 1) / warmup if warmup else 1.0
+    fall = (config.steps - step) / decay if decay else 1.0
+    return min(1.0, rise, fall)
+
+
+def _adamw(parameters: list[nn.Parameter], config: AdamWConfig) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
+    )
