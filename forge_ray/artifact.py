@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from forge_ray.errors import ArtifactError, CorruptError, NotFoundError
-from forge_ray.storage import Storage
+from forge_ray.storage import Storage, translated
 
 FORMAT_VERSION = 1
 _READ_BYTES = 4 << 20
@@ -91,7 +91,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Canonical bytes, ended by a digest of themselves, so that a flipped bit in a manifest is found too."""
-        body = asdict(self)
+        body = json.loads(json.dumps(asdict(self)))  # a number as a key sorts otherwise once it has become text
         body["sha256"] = digest_bytes(_canonical(body))
         return json.dumps(body, indent=1, sort_keys=True).encode() + b"\n"
 
@@ -111,7 +111,8 @@ class Manifest:
             return Manifest(**body)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptError(
-                "a manifest is damaged", got=f"{where}: {error}",
+                "a manifest is damaged",
+                got=f"{where}: {error}",
                 do=f"delete {where} and run the stage again; its blobs are reused where they verify",
             ) from None
 
@@ -164,20 +165,27 @@ class Artifact:
         return json.loads(self.read_bytes(name))
 
     def materialize(self, folder: Path) -> Path:
-        """Copies every file, verified, into a new folder that appears whole or not at all; an existing one is checked."""
-        if folder.exists() and all(_matches(folder / e.name, e) for e in self.manifest.files):
+        """Copies every file, verified, into a new folder that appears whole or not at all.
+
+        An existing folder is checked, and made anew if a file differs, is missing or was added: loaders take what lies
+        there.
+        """
+        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        whole = folder.exists() and found == set(self.names())
+        if whole and all(_matches(folder / entry.name, entry) for entry in self.manifest.files):
             return folder
-        temp = Path(tempfile.mkdtemp(prefix=".tmp-", dir=_made(folder.parent)))
-        try:
-            for entry in self.manifest.files:
-                target = temp / entry.name
-                _made(target.parent)
-                shutil.copyfile(self.local_path(entry.name), target)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(temp, folder)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
+        with translated(str(folder)):
+            temp = Path(tempfile.mkdtemp(prefix=".tmp-", dir=_made(folder.parent)))
+            try:
+                for entry in self.manifest.files:
+                    target = temp / entry.name
+                    _made(target.parent)
+                    shutil.copyfile(self.local_path(entry.name), target)
+                if folder.exists():
+                    shutil.rmtree(folder)
+                os.replace(temp, folder)
+            finally:
+                shutil.rmtree(temp, ignore_errors=True)
         return folder
 
 
@@ -195,7 +203,7 @@ class Workspace:
 
     def __init__(self, uri: str) -> None:
         self.storage = Storage(uri)
-        self._seen: dict[str, tuple[int, int]] = {}
+        self._seen: dict[str, tuple[int, int, int]] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
         return Workspace, (self.uri,)
@@ -278,10 +286,14 @@ class Workspace:
         every = self.refs_of_artifacts()
         found = [name for name in every if name.startswith(ref) or name.partition("/")[2].startswith(ref)]
         if len(found) > 1:
-            raise ArtifactError("more than one artifact matches", got=ref, wanted=", ".join(found), do="give more digits")
+            raise ArtifactError(
+                "more than one artifact matches", got=ref, wanted=", ".join(found), do="give more digits"
+            )
         if not found:
             raise NotFoundError(
-                "no artifact of that name", got=f"{ref} in {self.uri}", wanted=", ".join(every) or "nothing is published yet",
+                "no artifact of that name",
+                got=f"{ref} in {self.uri}",
+                wanted=", ".join(every) or "nothing is published yet",
                 do="`forge run jobs/demo.yaml` makes artifacts; `--workspace` says where to look",
             )
         return self.get(found[0])
@@ -293,27 +305,38 @@ class Workspace:
     def verified(self, entry: FileEntry, shown: str) -> Path:
         """A local file with a blob's content, its SHA-256 checked once per process and version of the file.
 
+        A version is size, times of modification and of change, so a write whose mtime was set back is found too.
+        Not covered: bytes that change below the file system after this process has checked them.
+
         Raises:
-            CorruptError: Naming the file, when size or digest differ.
+            CorruptError: Naming the file, when it is missing or its digest differs.
         """
-        path = self.storage.local_path(_blob(entry.sha256))
-        if path is None:
-            path = self._cached(entry)
-        where = f"{shown} ({path})"
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
-            raise CorruptError("a file of an artifact is missing", got=where, do=_rebuild_hint(shown)) from None
-        state = (stat.st_mtime_ns, stat.st_size)
+        where = f"{shown} ({self.storage._at(_blob(entry.sha256))})"
+        path, state = self._look(entry, where, shown)
         if self._seen.get(entry.sha256) != state:
             found = digest_file(path)
+            if found != entry.sha256 and self.storage.local is None:
+                path.unlink(missing_ok=True)  # the machine's copy may be the damaged one: fetch it once more
+                path, state = self._look(entry, where, shown)
+                found = digest_file(path)
             if found != entry.sha256:
                 raise CorruptError(
-                    "a file's bytes do not match its manifest", got=f"{where}: sha256 {found[:16]}…, {stat.st_size} bytes",
-                    wanted=f"sha256 {entry.sha256[:16]}…, {entry.size_bytes} bytes", do=_rebuild_hint(shown),
+                    "a file's bytes do not match its manifest",
+                    got=f"{where}: sha256 {found[:16]}…, {state[0]} bytes",
+                    wanted=f"sha256 {entry.sha256[:16]}…, {entry.size_bytes} bytes",
+                    do=_rebuild_hint(shown),
                 )
             self._seen[entry.sha256] = state
         return path
+
+    def _look(self, entry: FileEntry, where: str, shown: str) -> tuple[Path, tuple[int, int, int]]:
+        """The local file of a blob and its version."""
+        try:
+            path = self.storage.local_path(_blob(entry.sha256)) or self._cached(entry)
+            stat = path.stat()
+        except (FileNotFoundError, NotFoundError):
+            raise CorruptError("a file of an artifact is missing", got=where, do=_rebuild_hint(shown)) from None
+        return path, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
     def _cached(self, entry: FileEntry) -> Path:
         """Downloads a blob into the machine's cache."""
@@ -343,7 +366,11 @@ class Workspace:
             if name.endswith(".json") and (name.startswith("artifacts/") or "/checkpoints/" in name):
                 manifest = Manifest.from_json(self.storage.read_bytes(name), self.storage._at(name))
                 used |= {entry.sha256 for entry in manifest.files}
-        old = [n for n in self.storage.list("blobs") if n.rpartition("/")[2] not in used and now() - self.storage.modified_s(n) > grace_s]
+        old = [
+            n
+            for n in self.storage.list("blobs")
+            if n.rpartition("/")[2] not in used and now() - self.storage.modified_s(n) > grace_s
+        ]
         found = [(name, self.storage.size_bytes(name)) for name in old]
         for path in self.storage.temporaries():
             with contextlib.suppress(FileNotFoundError):
@@ -377,4 +404,4 @@ def _blob(sha256: str) -> str:
 
 def _rebuild_hint(shown: str) -> str:
     owner = shown.partition(":")[0]
-    return f"restore the file from a copy, or delete artifacts/{owner}.json and run the same command again: it is made anew"
+    return f"restore the file, or delete artifacts/{owner}.json and run the same command again: it is made anew"

@@ -1,7 +1,7 @@
 """The `forge` command: verbs, words, exit codes. Loads only what the verb needs; `forge --help` loads next to nothing.
 
-Results go to stdout (`--json`: one JSON object), progress and errors to stderr. Exit codes are those of `errors.py`; 130
-after Ctrl-C.
+Results go to stdout (`--json`: one JSON object), progress and errors to stderr. Exit codes are those of `errors.py`;
+130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
 
 from forge_ray.errors import ConfigError, ForgeError
 
@@ -65,6 +65,7 @@ class Words:
     places: tuple[str, ...]
     flags: tuple[str, ...]
     switches: frozenset[str]
+    out: TextIO = field(default_factory=lambda: sys.stdout)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not parsed.verb or "--help" in parsed.switches:
             print(usage())
             return 0
-        return VERBS[parsed.verb](parsed)
+        # Libraries print where they please (Ray does, on stdout, when Serve ends): stdout belongs to the result alone.
+        with redirect_stdout(sys.stderr):
+            return VERBS[parsed.verb](parsed)
     except ForgeError as error:
         if as_json:
             print(json.dumps(error.as_dict()))
@@ -111,7 +114,9 @@ def parse(words: Sequence[str]) -> Words:
         import difflib
 
         near = difflib.get_close_matches(verb, VERBS, n=1)
-        raise ConfigError("no such verb", got=verb, do=f"did you mean `forge {near[0]}`?" if near else "forge --help lists the verbs")
+        raise ConfigError(
+            "no such verb", got=verb, do=f"did you mean `forge {near[0]}`?" if near else "forge --help lists the verbs"
+        )
     places: list[str] = []
     while rest and not rest[0].startswith("-"):
         places.append(rest.pop(0))
@@ -158,7 +163,9 @@ def _serve(words: Words) -> int:
     files = [place for place in words.places if _is_yaml(place)]
     refs = [place for place in words.places if not _is_yaml(place)]
     if len(refs) > 1 or not words.places:
-        raise ConfigError("what is to be served?", got=" ".join(refs) or "nothing", wanted="JOB.yaml, or the REF of an export")
+        raise ConfigError(
+            "what is to be served?", got=" ".join(refs) or "nothing", wanted="JOB.yaml, or the REF of an export"
+        )
     resolved = _resolve(words, files)
     if "--dry-run" in words.switches:
         return _dry_run(words, resolved, None if refs else "export")
@@ -166,8 +173,12 @@ def _serve(words: Words) -> int:
     exported = workspace.resolve(refs[0]) if refs else _published_export(resolved)
     with _cluster(resolved.config), session(resolved.config.serve, exported) as endpoint:
         body = json.dumps({"model": endpoint.model_name, "prompt": resolved.config.serve.prompt, "max_tokens": 64})
-        _print_result(words, {"url": f"{endpoint.url}/v1", "model": endpoint.model_name, "ref": exported.ref},
-                      f"Ask it:\n  curl {endpoint.url}/v1/completions -H 'Content-Type: application/json' -d '{body}'\nCtrl-C stops it.")
+        _print_result(
+            words,
+            {"url": f"{endpoint.url}/v1", "model": endpoint.model_name, "ref": exported.ref},
+            f"Ask it:\n  curl {endpoint.url}/v1/completions -H 'Content-Type: application/json' -d '{body}'\n"
+            "Ctrl-C stops it.",
+        )
         wait_for_interrupt()
     return 0
 
@@ -179,7 +190,9 @@ def _published_export(resolved: Resolved) -> Artifact:
 
     planned = pipeline.plan(resolved.config, "export")[-1]
     if not planned.published:
-        raise NotFoundError("this job's model is not published yet", got=planned.ref, do="`forge run` with the same YAML makes it")
+        raise NotFoundError(
+            "this job's model is not published yet", got=planned.ref, do="`forge run` with the same YAML makes it"
+        )
     return Workspace(resolved.config.workspace).get(planned.ref)
 
 
@@ -198,8 +211,18 @@ def _show(words: Words) -> int:
     for artifact in lineage(workspace.resolve(words.places[0])):
         m = artifact.manifest
         size = sum(entry.size_bytes for entry in m.files)
-        rows.append({"ref": m.ref, "created": m.created, "wall_s": m.wall_s, "bytes": size, "inputs": dict(m.inputs),
-                     "files": [vars(entry) for entry in m.files], "metrics": dict(m.metrics), "made_by": dict(m.made_by)})
+        rows.append(
+            {
+                "ref": m.ref,
+                "created": m.created,
+                "wall_s": m.wall_s,
+                "bytes": size,
+                "inputs": dict(m.inputs),
+                "files": [vars(entry) for entry in m.files],
+                "metrics": dict(m.metrics),
+                "made_by": dict(m.made_by),
+            }
+        )
         lines += [f"{m.ref}  {m.created}  {format_s(m.wall_s)}  {len(m.files)} files, {format_bytes(size)}"]
         lines += [f"    {name}: {_short(value)}" for name, value in m.metrics.items()]
         lines += [f"    from {role}/{name}" for role, name in m.inputs.items()]
@@ -218,8 +241,12 @@ def _gc(words: Words) -> int:
         workspace.collect(garbage)
     total = sum(size for _, size in garbage)
     names = "".join(f"\n  {name}  {format_bytes(size)}" for name, size in garbage)
-    _print_result(words, {"deleted": not dry, "bytes": total, "names": [name for name, _ in garbage]},
-                  f"{'would delete' if dry else 'deleted'} {len(garbage)} files, {format_bytes(total)} (older than an hour){names}")
+    _print_result(
+        words,
+        {"deleted": not dry, "bytes": total, "names": [name for name, _ in garbage]},
+        f"{'would delete' if dry else 'deleted'} {len(garbage)} files, {format_bytes(total)}, older than an hour"
+        + names,
+    )
     return 0
 
 
@@ -227,8 +254,13 @@ def _config(words: Words) -> int:
     from forge_ray import settings
 
     rows = settings.reference()
-    lines = [f"{name}{f': {kind}' if kind else ''}{f' = {default}' if default else ''}\n    {text}" for name, kind, default, text in rows]
-    _print_result(words, [dict(zip(("name", "type", "default", "text"), row, strict=True)) for row in rows], "\n".join(lines))
+    lines = [
+        f"{name}{f': {kind}' if kind else ''}{f' = {default}' if default else ''}\n    {text}"
+        for name, kind, default, text in rows
+    ]
+    _print_result(
+        words, [dict(zip(("name", "type", "default", "text"), row, strict=True)) for row in rows], "\n".join(lines)
+    )
     return 0
 
 
@@ -236,12 +268,22 @@ def _doctor(words: Words) -> int:
     from forge_ray import doctor
 
     checks = doctor.examine(_resolve(words).config)
-    text = "\n".join(f"{'ok  ' if c.ok else 'MEND'}  {c.name:<12} {c.found}" + ("" if c.ok else f"\n      {c.do}") for c in checks)
+    text = "\n".join(
+        f"{'ok  ' if c.ok else 'MEND'}  {c.name:<12} {c.found}" + ("" if c.ok else f"\n      {c.do}") for c in checks
+    )
     _print_result(words, [vars(c) for c in checks], text)
     return 0 if all(c.ok for c in checks) else 1
 
 
-VERBS = {**dict.fromkeys(STAGE_VERBS, _stage), "run": _run, "serve": _serve, "show": _show, "gc": _gc, "config": _config, "doctor": _doctor}
+VERBS = {
+    **dict.fromkeys(STAGE_VERBS, _stage),
+    "run": _run,
+    "serve": _serve,
+    "show": _show,
+    "gc": _gc,
+    "config": _config,
+    "doctor": _doctor,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
@@ -267,15 +309,19 @@ def _dry_run(words: Words, resolved: Resolved, until: str | None) -> int:
     width = max(len(name) for name, _, _ in rows)
     lines = [f"{name:<{width}}  {json.dumps(value)}  [{origin}]" for name, value, origin in rows]
     lines += ["", *(f"{'skip' if p.published else 'run '}  {p.ref}" for p in planned)]
-    _print_result(words, {
-        "config": [{"name": n, "value": v, "origin": o} for n, v, o in rows],
-        "stages": [{"ref": p.ref, "published": p.published} for p in planned],
-    }, "\n".join(lines))
+    _print_result(
+        words,
+        {
+            "config": [{"name": n, "value": v, "origin": o} for n, v, o in rows],
+            "stages": [{"ref": p.ref, "published": p.published} for p in planned],
+        },
+        "\n".join(lines),
+    )
     return 0
 
 
 def _print_result(words: Words, result: Any, text: str) -> None:
-    print(json.dumps(result) if "--json" in words.switches else text, flush=True)
+    print(json.dumps(result) if "--json" in words.switches else text, file=words.out, flush=True)
 
 
 def _workspace_uri(resolved: Resolved) -> str:

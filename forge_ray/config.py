@@ -291,7 +291,8 @@ class RayConfig(Section):
     """Which Ray cluster the stages run on."""
 
     address: str = "auto"
-    """`auto`: the cluster of `RAY_ADDRESS` (a submitted job has it), else a private one on this machine. `local`: always
+    """`auto`: the cluster of `RAY_ADDRESS` (a submitted job has it), else a private one on this machine. `local`:
+    always
     private. Otherwise the address of a running head."""
     num_cpus: Positive | None = None
     """CPUs of a private cluster; none for all of the machine's."""

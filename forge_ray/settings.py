@@ -4,7 +4,8 @@ Owns reading, merging and remembering the origin of every value. Does not own th
 Each trap of the libraries beneath is an error here: a missing or empty file, a key given twice, a variable or flag
 that names no field, a union whose kind changes while values of the old kind remain.
 
-Variables are read by pydantic-settings; flags take YAML values, so that `--pretrain.steps 5` reads as it does in a file.
+Variables are read by pydantic-settings; flags take YAML values, so that `--pretrain.steps 5` reads as it does in a
+file.
 """
 
 from __future__ import annotations
@@ -52,7 +53,15 @@ def _origin(origins: Mapping[str, str], name: str) -> str | None:
     return None
 
 
-def resolve(files: Sequence[str | Path], flags: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Resolved:
+def _all_origins(origins: Mapping[str, str], name: str) -> list[str]:
+    """What set this field or, where it was put together from several layers, every layer that set a part of it."""
+    below = dict.fromkeys(origin for field, origin in origins.items() if field.startswith(f"{name}."))
+    return list(below) or [_origin(origins, name) or "default"]
+
+
+def resolve(
+    files: Sequence[str | Path], flags: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> Resolved:
     """Merges all layers and validates the result.
 
     Args:
@@ -92,8 +101,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *base` adds keys that the mapping itself may override
+            continue
         key = loader.construct_object(key_node, deep=True)
         line = key_node.start_mark.line + 1
+        if isinstance(key, (list, dict)):
+            raise yaml.MarkedYAMLError(problem=f"the key at line {line} is no name")
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice, at lines {seen[key]} and {line}")
         seen[key] = line
@@ -123,7 +136,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid YAML: {error}", do="mend the line named above") from None
     if not isinstance(data, dict):
         got = "an empty file" if data is None else type(data).__name__
-        raise ConfigError(f"{path} holds no configuration", got=got, wanted="a mapping of sections", do="see jobs/demo.yaml")
+        raise ConfigError(
+            f"{path} holds no configuration", got=got, wanted="a mapping of sections", do="see jobs/demo.yaml"
+        )
     return data
 
 
@@ -142,7 +157,9 @@ def _env_values(name: str, value: str, dotted: str) -> dict[str, Any]:
     if any(part.isdigit() for part in dotted.split(".")):
         return _nest(dotted.split("."), _flag_value(name, value))
     # Built per variable so that each value keeps its own origin; the library splits the name and decodes JSON.
-    schema = type("_Env", (BaseSettings,), {"__annotations__": {k: f.annotation for k, f in ForgeConfig.model_fields.items()}})
+    schema = type(
+        "_Env", (BaseSettings,), {"__annotations__": {k: f.annotation for k, f in ForgeConfig.model_fields.items()}}
+    )
     source = EnvSettingsSource(schema, env_prefix=ENV_PREFIX, env_nested_delimiter="__", case_sensitive=False)
     source.env_vars = {name.lower(): value}
     try:
@@ -220,7 +237,7 @@ def _check_kind_change(
     if stale:
         raise ConfigError(
             f"{prefix}kind changes from {target['kind']!r} to {layer['kind']!r} while values of the old kind remain",
-            got=", ".join(f"{prefix}{key} (from {origins.get(prefix + key, 'an earlier layer')})" for key in stale),
+            got=", ".join(f"{prefix}{key} (from {', '.join(_all_origins(origins, prefix + key))})" for key in stale),
             do=f"remove them where they were set, or set them again in {origin}",
         )
 
@@ -244,7 +261,9 @@ def _check_path(parts: list[str], where: str) -> None:
         fields = {name: field for model in models for name, field in model.model_fields.items()}
         if part not in fields:
             every = [row[0] for row in reference()]
-            near = difflib.get_close_matches(".".join(parts), every, n=1) or difflib.get_close_matches(part, fields, n=1)
+            near = difflib.get_close_matches(".".join(parts), every, n=1) or difflib.get_close_matches(
+                part, fields, n=1
+            )
             hint = f"did you mean {near[0]}?" if near else "`forge config` lists every field"
             raise ConfigError(f"{where} names no field", got=".".join(parts), do=hint)
         models = _models_of(fields[part].annotation)
@@ -253,12 +272,10 @@ def _check_path(parts: list[str], where: str) -> None:
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> ConfigError:
     lines = []
     for item in error.errors():
-        # Tagged unions put the tag into the location; it is no part of the user's path.
-        parts = [str(p) for p in item["loc"]]
-        dotted = ".".join(p for i, p in enumerate(parts) if not _is_tag(parts[:i], p))
-        below = [name for name in origins if name.startswith(f"{dotted}.")]
-        origin = _origin(origins, dotted) or (origins[below[0]] if below else "default")
+        dotted = ".".join(_without_tags([str(part) for part in item["loc"]]))
         message = item["msg"].removeprefix("Value error, ")
+        named = [f"{dotted}.{word}" for word in message.split() if f"{dotted}.{word}" in origins]
+        origin = ", ".join(dict.fromkeys(origins[name] for name in named) or _all_origins(origins, dotted))
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(dotted, [row[0] for row in reference()], n=1)
             message = f"no such field{f', did you mean {near[0]}?' if near else ''}"
@@ -267,14 +284,20 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> ConfigError:
     return ConfigError("configuration is not valid", got="; ".join(lines), do="`forge config` documents every field")
 
 
-def _is_tag(before: list[str], part: str) -> bool:
+def _without_tags(parts: list[str]) -> list[str]:
+    """The user's path in an error's location, into which tagged unions put the tag; a field may be called like one."""
+    kept: list[str] = []
     models: list[type[BaseModel]] = [ForgeConfig]
-    for name in before:
-        fields = {n: f for model in models for n, f in model.model_fields.items()}
-        if name in fields:
-            models = _models_of(fields[name].annotation)
-    kinds = [m.model_fields["kind"].annotation for m in models if "kind" in m.model_fields]
-    return any(part in get_args(kind) for kind in kinds)
+    for part in parts:
+        tagged = [m for m in models if (kind := m.model_fields.get("kind")) and part in get_args(kind.annotation)]
+        if len(models) > 1 and tagged:
+            models = tagged
+            continue
+        kept.append(part)
+        fields = {name: field for model in models for name, field in model.model_fields.items()}
+        if part in fields:
+            models = _models_of(fields[part].annotation)
+    return kept
 
 
 def _leaves(value: Any, name: str) -> list[tuple[str, Any]]:
@@ -292,7 +315,7 @@ def _reference(model: type[BaseModel], prefix: str) -> Any:
         note = " (operational)" if OPERATIONAL in field.metadata else ""
         yield dotted, "" if inner else _type_name(field.annotation), default, (field.description or "") + note
         for sub in inner:
-            yield from _reference(sub, f"{dotted}." if len(inner) == 1 else f"{dotted}.")
+            yield from _reference(sub, f"{dotted}.")
 
 
 def _type_name(annotation: Any) -> str:

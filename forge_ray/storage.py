@@ -23,6 +23,7 @@ from forge_ray.errors import DiskFullError, NotFoundError, StorageError
 
 TEMP_PREFIX = ".tmp-"
 _COPY_BYTES = 4 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Storage:
@@ -41,12 +42,18 @@ class Storage:
 
     def exists(self, name: str) -> bool:
         """Whether something is published under this name."""
-        with _translated(self._at(name)):
-            return self._path(name).exists() if self.local else bool(self.fs.exists(self._at(name)))
+        with translated(self._at(name)):
+            if self.local:
+                return self._path(name).is_file()
+            try:
+                # Unlike exists() and isfile(), this tells a folder from a file and lets an unreachable store raise.
+                return bool(self.fs.info(self._at(name))["type"] == "file")
+            except FileNotFoundError:
+                return False
 
     def size_bytes(self, name: str) -> int:
         """Size of what is published under this name."""
-        with _translated(self._at(name)):
+        with translated(self._at(name)):
             return self._path(name).stat().st_size if self.local else int(self.fs.size(self._at(name)))
 
     def read_bytes(self, name: str) -> bytes:
@@ -55,20 +62,20 @@ class Storage:
         Raises:
             NotFoundError: Nothing is published under this name.
         """
-        with _translated(self._at(name)):
+        with translated(self._at(name)):
             return self._path(name).read_bytes() if self.local else bytes(self.fs.cat_file(self._at(name)))
 
     @contextlib.contextmanager
     def open_read(self, name: str) -> Iterator[IO[bytes]]:
         """A readable stream of the content."""
-        with _translated(self._at(name)):
+        with translated(self._at(name)):
             opened = self._path(name).open("rb") if self.local else self.fs.open(self._at(name), "rb")
         with opened as stream:
             yield stream
 
     def write(self, name: str, data: bytes) -> None:
         """Publishes these bytes, replacing what was there."""
-        with _translated(self._at(name)):
+        with translated(self._at(name)):
             if self.local:
                 with self._temporary(name) as temp:
                     _write_synced(temp, data)
@@ -79,7 +86,7 @@ class Storage:
 
     def create(self, name: str, data: bytes) -> bool:
         """Publishes these bytes if the name is free; returns False, changing nothing, if it is taken."""
-        with _translated(self._at(name)):
+        with translated(self._at(name)):
             if self.local:
                 with self._temporary(name) as temp:
                     _write_synced(temp, data)
@@ -96,14 +103,20 @@ class Storage:
             return True
 
     def put_file(self, name: str, path: Path, *, move: bool = False) -> None:
-        """Publishes a local file's bytes if the name is free; a name that is taken is left as it is."""
-        with _translated(self._at(name)):
+        """Publishes a local file's bytes if the name is free; a name that is taken is left as it is.
+
+        A local file that is left counts as modified now: it has a new user, and `garbage` must grant it the full grace.
+        Not covered: on an object store it keeps its age.
+        """
+        with translated(self._at(name)):
             if not self.local:
                 if not self.fs.exists(self._at(name)):
                     self.fs.put_file(str(path), self._at(name))
                 return
             target = self._path(name)
             if target.exists():
+                with contextlib.suppress(OSError):  # another owner's file, a read-only mount
+                    os.utime(target)
                 return
             with self._temporary(name) as temp:
                 if move and path.stat().st_dev == target.parent.stat().st_dev:
@@ -116,12 +129,12 @@ class Storage:
 
     def fetch(self, name: str, target: Path) -> None:
         """Copies the content to a new local file."""
-        with self.open_read(name) as source, _translated(str(target)), target.open("wb") as sink:
+        with self.open_read(name) as source, translated(str(target)), target.open("wb") as sink:
             shutil.copyfileobj(source, sink, _COPY_BYTES)
 
     def list(self, prefix: str) -> list[str]:
         """Names below a folder, sorted; temporary files are left out. A folder that is not there has none."""
-        with _translated(self._at(prefix)):
+        with translated(self._at(prefix)):
             if self.local:
                 root = self._path(prefix)
                 found = (p.relative_to(self.local).as_posix() for p in root.rglob("*") if p.is_file())
@@ -134,12 +147,12 @@ class Storage:
 
     def delete(self, name: str) -> None:
         """Removes a name; one that is not there is no error."""
-        with _translated(self._at(name)), contextlib.suppress(FileNotFoundError):
+        with translated(self._at(name)), contextlib.suppress(FileNotFoundError):
             self._path(name).unlink() if self.local else self.fs.rm_file(self._at(name))
 
     def modified_s(self, name: str) -> float:
         """When the name was published, in seconds since the epoch."""
-        with _translated(self._at(name)):
+        with translated(self._at(name)):
             return self._path(name).stat().st_mtime if self.local else self.fs.modified(self._at(name)).timestamp()
 
     def temporaries(self) -> list[Path]:
@@ -152,13 +165,22 @@ class Storage:
 
     @contextlib.contextmanager
     def scratch_file(self) -> Iterator[Path]:
-        """A temporary file to build a blob in, on the root's own disk where it is local; removed at the end."""
-        if self.local:
-            with _translated(self.uri), self._temporary("scratch") as temp:
+        """A temporary file to build a blob in, on the root's own disk where it is local; removed at the end.
+
+        Of the errors of the block, which may read documents too, only a full disk is taken for the store's.
+        """
+        with contextlib.ExitStack() as stack:
+            with translated(self.uri):
+                if self.local:
+                    temp = stack.enter_context(self._temporary("scratch"))
+                else:
+                    temp = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="forge-"))) / "scratch"
+            try:
                 yield temp
-        else:
-            with tempfile.TemporaryDirectory(prefix="forge-") as folder:
-                yield Path(folder) / "scratch"
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                raise _disk_full(str(temp)) from None
 
     @property
     def fs(self) -> Any:
@@ -197,7 +219,9 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:
         raise StorageError(
-            f"no store is known for this URI: {error}", got=uri, wanted="a path, s3://, gs:// or abfs://",
+            f"no store is known for this URI: {error}",
+            got=uri,
+            wanted="a path, s3://, gs:// or abfs://",
             do="mend the scheme, or install the client that the message names",
         ) from None
 
@@ -212,22 +236,32 @@ def _local_root(uri: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def _translated(where: str) -> Iterator[None]:
+def translated(where: str) -> Iterator[None]:
+    """Turns the errors of a store or disk into `StorageError` and its kin, naming the place."""
     try:
         yield
     except FileNotFoundError:
         raise NotFoundError("nothing is stored there", got=where, do="check the workspace and the name") from None
     except PermissionError as error:
-        raise StorageError("permission denied", got=f"{where}: {error}", do="mend the owner, the mode or the credentials") from None
+        raise StorageError(
+            "permission denied", got=f"{where}: {error}", do="mend the owner, the mode or the credentials"
+        ) from None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(
-                "no space left; nothing half-written was published", got=where,
-                do="free space (`forge gc` removes what nothing refers to), then run the same command again",
-            ) from None
-        raise StorageError(f"the store did not do it: {error}", got=where, do="check the URI, the network and the credentials") from error
+        if error.errno in _FULL:
+            raise _disk_full(where) from None
+        raise StorageError(
+            f"the store did not do it: {error}", got=where, do="check the URI, the network and the credentials"
+        ) from error
     except (ValueError, ImportError) as error:
         raise StorageError(f"the store cannot be used: {error}", got=where) from error
+
+
+def _disk_full(where: str) -> DiskFullError:
+    return DiskFullError(
+        "no space left; nothing half-written was published",
+        got=where,
+        do="free space (`forge gc` removes what nothing refers to), then run the same command again",
+    )
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -257,8 +291,10 @@ def _link_new(temp: Path, target: Path) -> bool:
         return False
     except OSError as error:
         # File systems without hard links (some network shares): rename is not create-only, so look first.
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP) or target.exists():
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise
+        if target.exists():
+            return False
         os.replace(temp, target)
     _sync_folder(target.parent)
     return True

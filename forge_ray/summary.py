@@ -9,14 +9,23 @@ from forge_ray.pipeline import Outcome
 from forge_ray.telemetry import format_bytes, format_s
 
 _LABELS = {
-    "model": "this model", "bigram": "bigram, same tokens", "gzip": "gzip -9", "zstd": "zstd -19", "smollm2": "SmolLM2-135M-Instruct",
+    "model": "this model",
+    "bigram": "bigram, same tokens",
+    "gzip": "gzip -9",
+    "zstd": "zstd -19",
+    "smollm2": "SmolLM2-135M-Instruct",
 }
 
 
 def as_json(outcomes: Mapping[str, Outcome], **extra: Any) -> dict[str, Any]:
     """The result of a run for `--json`."""
     stages = {
-        name: {"ref": o.artifact.ref, "skipped": o.skipped, "wall_s": round(o.wall_s, 3), "metrics": dict(o.artifact.metrics)}
+        name: {
+            "ref": o.artifact.ref,
+            "skipped": o.skipped,
+            "wall_s": round(o.wall_s, 3),
+            "metrics": dict(o.artifact.metrics),
+        }
         for name, o in outcomes.items()
     }
     return {"stages": stages, **extra}
@@ -38,9 +47,13 @@ def _learned(evaluated: Mapping[str, Any]) -> str:
     scores = sorted(evaluated["bits_per_byte"].items(), key=lambda item: item[1])
     width = max(len(_LABELS[name]) for name, _ in scores)
     rows = [f"  {_LABELS[name]:<{width}}  {bits:.3f}{'   <-' if name == 'model' else ''}" for name, bits in scores]
-    rows += [f"  {_LABELS[name]:<{width}}  left out: {note.splitlines()[0]}" for name, note in evaluated["skipped"].items()]
-    head = (f"Bits per byte on {format_bytes(evaluated['heldout_bytes'])} of held-out documents, "
-            f"{evaluated['context_tokens']}-token windows (less is better)")
+    rows += [
+        f"  {_LABELS[name]:<{width}}  left out: {note.splitlines()[0]}" for name, note in evaluated["skipped"].items()
+    ]
+    head = (
+        f"Bits per byte on {format_bytes(evaluated['heldout_bytes'])} of held-out documents, "
+        f"{evaluated['context_tokens']}-token windows (less is better)"
+    )
     samples = "\n\n".join(_indent(f"{s['prompt']}[...]{s['continuation']}") for s in evaluated["samples"])
     return "\n".join([head, *rows]) + f"\n\nWhat it writes after [...]\n\n{samples}"
 
@@ -48,13 +61,18 @@ def _learned(evaluated: Mapping[str, Any]) -> str:
 def _trained(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     p = metrics["pretrain"]
     vocabulary = metrics["tokenizer"]["heldout_bytes_per_token"]
-    return (f"{p['parameters']:,} parameters, {p['tokens']:,} tokens ({p['epochs']:.2f} passes over the corpus) at "
-            f"{p['tokens_per_s']:,.0f} tokens/s in {p['precision']}; own vocabulary of {p['vocab_size']:,} entries, "
-            f"{vocabulary:.2f} bytes per token")
+    return (
+        f"{p['parameters']:,} parameters, {p['tokens']:,} tokens ({p['epochs']:.2f} passes over the corpus) at "
+        f"{p['tokens_per_s']:,.0f} tokens/s in {p['precision']}; own vocabulary of {p['vocab_size']:,} entries, "
+        f"{vocabulary:.2f} bytes per token"
+    )
 
 
 def _stages(outcomes: Mapping[str, Outcome], workspace: str) -> str:
-    rows = [f"  {name:<10}{'published before' if o.skipped else format_s(o.wall_s):<18}{o.artifact.ref}" for name, o in outcomes.items()]
+    rows = [
+        f"  {name:<10}{'published before' if o.skipped else format_s(o.wall_s):<18}{o.artifact.ref}"
+        for name, o in outcomes.items()
+    ]
     return "\n".join([f"Artifacts in {workspace}", *rows])
 
 

@@ -1,19 +1,15 @@
-"""What a run tells while it works: log lines, events, progress on stderr, results on stdout.
+"""What a run tells while it works: log lines and progress on stderr; results go to stdout.
 
-Owns the look of the terminal: a live bar where stderr is one, plain lines elsewhere (one every `PLAIN_EVERY_S` seconds).
-Does not own metrics' storage; `Events` appends records to a run's folder in the workspace.
+Owns the look of the terminal: a live bar where stderr is one, plain lines elsewhere (one every `PLAIN_EVERY_S`
+seconds). Does not own what is kept of it: that is `events.py`.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-import uuid
 from types import TracebackType
 from typing import Any
-
-from forge_ray.storage import Storage
 
 PLAIN_EVERY_S = 10.0
 
@@ -41,7 +37,11 @@ class Progress:
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Live
 
-            columns = [TextColumn("  {task.description:<12}"), BarColumn(28), TextColumn("{task.completed:.0f}/{task.total:.0f}")]
+            columns = [
+                TextColumn("  {task.description:<12}"),
+                BarColumn(28),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            ]
             columns += [TextColumn("{task.fields[note]}"), TimeRemainingColumn(compact=True)]
             self._live = Live(*columns, console=Console(stderr=True))
             self._task = self._live.add_task(self.label, total=self.total, completed=self.start, note="")
@@ -62,54 +62,18 @@ class Progress:
         left = f", {format_s((self.total - self.done) / rate)} left" if rate > 0 and self.done < self.total else ""
         say(f"  {self.label}: {self.done}/{self.total}{f', {self.note}' if self.note else ''}{left}")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live:
             self._live.stop()
         elif self.done > self.start:
             self._print()
 
 
-class Events:
-    """Appends JSON records to `runs/<run id>/events/`, one file for each process that writes.
-
-    Each record has a wall-clock `time_s`. A process rewrites its own segment of the log as a whole, so that it works on
-    object stores, which cannot append; segments are closed at `SEGMENT_RECORDS`.
-    """
-
-    SEGMENT_RECORDS = 1000
-
-    def __init__(self, storage: Storage, run_id: str) -> None:
-        self._storage, self._folder = storage, f"runs/{run_id}/events"
-        self._rows: list[str] = []
-        self._next_segment()
-
-    def _next_segment(self) -> None:
-        self._name = f"{self._folder}/{time.time_ns()}-{uuid.uuid4().hex[:8]}.jsonl"
-        self._rows = []
-
-    def add(self, kind: str, **fields: Any) -> None:
-        """Keeps a record; `flush` publishes it."""
-        self._rows.append(json.dumps({"time_s": round(time.time(), 3), "event": kind, **fields}))
-
-    def flush(self) -> None:
-        """Publishes what was added."""
-        if self._rows:
-            self._storage.write(self._name, ("\n".join(self._rows) + "\n").encode())
-        if len(self._rows) >= self.SEGMENT_RECORDS:
-            self._next_segment()
-
-    @staticmethod
-    def read(storage: Storage, run_id: str) -> list[dict[str, Any]]:
-        """All records of a run in the order of time."""
-        rows = []
-        for name in storage.list(f"runs/{run_id}/events"):
-            rows += [json.loads(line) for line in storage.read_bytes(name).decode().splitlines()]
-        return sorted(rows, key=lambda row: row["time_s"])
-
-
 def format_s(seconds: float) -> str:
     """`9.4 s`, `3 min 05 s`, `2 h 10 min`."""
-    if seconds < 60:
+    if seconds < 59.95:  # what would round to 60.0 is a minute
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
@@ -118,7 +82,7 @@ def format_s(seconds: float) -> str:
 def format_bytes(count: float) -> str:
     """`512 B`, `1.4 MB`: decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if round(count, 0 if unit == "B" else 1) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"

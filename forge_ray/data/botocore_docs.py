@@ -1,7 +1,7 @@
 """Real documents for the demo: the AWS service descriptions inside the installed `botocore` package (Apache-2.0).
 
-Each operation of a service becomes one document: what it does, its parameters, its result and its errors. The service is
-the group, so that whole services are held out. Only the newest API version of a service is read: older ones are
+Each operation of a service becomes one document: what it does, its parameters, its result and its errors. The service
+is the group, so that whole services are held out. Only the newest API version of a service is read: older ones are
 near-duplicates.
 """
 
@@ -37,8 +37,12 @@ def units(source: BotocoreSource) -> list[dict[str, Any]]:
     every = sorted(folder.name for folder in _data().iterdir() if folder.is_dir())
     unknown = sorted(set(source.services) - set(every))
     if unknown:
-        raise DataError("botocore has no such service", got=", ".join(unknown), wanted=f"names such as {', '.join(every[:4])}",
-                        do="mend ingest.sources.services")
+        raise DataError(
+            "botocore has no such service",
+            got=", ".join(unknown),
+            wanted=f"names such as {', '.join(every[:4])}",
+            do="mend ingest.sources.services",
+        )
     names = sorted(source.services) or every
     # Round robin, so that no unit gets all of the large services.
     count = -(-len(names) // SERVICES_PER_UNIT)

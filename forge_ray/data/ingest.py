@@ -1,10 +1,10 @@
 """Ingest: documents from sources into one Parquet layout, whole groups of them held out for evaluation.
 
-Owns reading (`read_documents` in `formats.py` and `botocore_docs.py` do the parsing), document ids, the hold-out and the
-account of what was skipped. Does not clean or deduplicate.
+Owns reading (`read_documents` in `formats.py` and `botocore_docs.py` do the parsing), document ids, the hold-out and
+the account of what was skipped. Does not clean or deduplicate.
 
-Parts are `train-00000.parquet`, `heldout-00000.parquet` ... with the columns of `SCHEMA_FIELDS`; `skipped.json` lists each
-document that was left out, with the reason.
+Parts are `train-00000.parquet`, `heldout-00000.parquet` ... with the columns of `SCHEMA_FIELDS`; `skipped.json` lists
+each document that was left out, with the reason.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ def observe(config: IngestConfig) -> dict[str, Any]:
         StorageError: A source does not exist or cannot be listed.
         DataError: A source holds no readable file.
     """
-    return {"sources": [botocore_docs.observe(s) if isinstance(s, BotocoreSource) else formats.observe(s) for s in config.sources]}
+    return {
+        "sources": [
+            botocore_docs.observe(s) if isinstance(s, BotocoreSource) else formats.observe(s) for s in config.sources
+        ]
+    }
 
 
 def run(config: IngestConfig, workspace: Workspace) -> tuple[list[Any], dict[str, Any]]:
@@ -58,8 +62,13 @@ def run(config: IngestConfig, workspace: Workspace) -> tuple[list[Any], dict[str
         skipped += row["skipped"]
         for part in row["parts"]:
             split = part["split"]
-            files.append(part["entry"].__class__(f"{split}-{len([f for f in files if f.name.startswith(split)]):05d}.parquet",
-                                                 part["entry"].sha256, part["entry"].size_bytes))
+            files.append(
+                part["entry"].__class__(
+                    f"{split}-{len([f for f in files if f.name.startswith(split)]):05d}.parquet",
+                    part["entry"].sha256,
+                    part["entry"].size_bytes,
+                )
+            )
             totals[split]["documents"] += part["documents"]
             totals[split]["bytes"] += part["bytes"]
             groups[split].update(part["groups"])
@@ -135,8 +144,15 @@ class _Part:
         self.num_bytes = 0
 
     def add(self, document: Document) -> None:
-        self.rows.append({"id": document_id(document), "group": document.group, "source": document.source,
-                          "licence": document.licence, "text": document.text})
+        self.rows.append(
+            {
+                "id": document_id(document),
+                "group": document.group,
+                "source": document.source,
+                "licence": document.licence,
+                "text": document.text,
+            }
+        )
         self.num_bytes += len(document.text.encode())
 
     def store(self) -> dict[str, Any]:
@@ -146,8 +162,13 @@ class _Part:
         table = pa.table({name: [row[name] for row in self.rows] for name in SCHEMA_FIELDS})
         with self.workspace.new_file(self.split) as build:
             pq.write_table(table, build.stream, compression="zstd")
-        row = {"split": self.split, "entry": build.entry, "documents": len(self.rows), "bytes": self.num_bytes,
-               "groups": sorted({row["group"] for row in self.rows})}
+        row = {
+            "split": self.split,
+            "entry": build.entry,
+            "documents": len(self.rows),
+            "bytes": self.num_bytes,
+            "groups": sorted({row["group"] for row in self.rows}),
+        }
         self._clear()
         return row
 
@@ -157,10 +178,13 @@ def _metrics(totals: dict[str, Any], groups: dict[str, set[str]], skipped: list[
     for row in skipped:
         reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
     return {
-        "train_documents": totals["train"]["documents"], "train_bytes": totals["train"]["bytes"],
+        "train_documents": totals["train"]["documents"],
+        "train_bytes": totals["train"]["bytes"],
         "train_groups": len(groups["train"]),
-        "heldout_documents": totals["heldout"]["documents"], "heldout_bytes": totals["heldout"]["bytes"],
-        "heldout_groups": sorted(groups["heldout"]), "skipped": reasons,
+        "heldout_documents": totals["heldout"]["documents"],
+        "heldout_bytes": totals["heldout"]["bytes"],
+        "heldout_groups": sorted(groups["heldout"]),
+        "skipped": reasons,
     }
 
 
@@ -173,12 +197,29 @@ def _report_skips(skipped: list[dict[str, str]]) -> None:
 
 def _check(config: IngestConfig, metrics: dict[str, Any], skipped: list[dict[str, str]]) -> None:
     where = ", ".join(s.uri if isinstance(s, FilesSource) else "botocore" for s in config.sources)
-    seen = f"{metrics['train_documents']} training and {metrics['heldout_documents']} held-out documents, {len(skipped)} skipped"
+    kept = f"{metrics['train_documents']} training and {metrics['heldout_documents']} held-out documents"
+    seen = f"{kept}, {len(skipped)} skipped"
     first = f"; first reason: {skipped[0]['reason']} ({skipped[0]['source']})" if skipped else ""
     if not metrics["train_documents"]:
-        raise DataError("the corpus is empty: nothing is left to train on", got=f"{where}: {seen}{first}",
-                        wanted="at least one readable document", do="check ingest.sources, held_out_frac and min_document_chars")
+        raise DataError(
+            "the corpus is empty: nothing is left to train on",
+            got=f"{where}: {seen}{first}",
+            wanted="at least one readable document",
+            do="check ingest.sources, held_out_frac and min_document_chars",
+        )
+    missing = sorted(set(config.held_out_groups) - set(metrics["heldout_groups"]))
+    if missing:
+        raise DataError(
+            "ingest.held_out_groups names what is not in the corpus, so nothing would be held back for it",
+            got=", ".join(missing),
+            wanted="names of services, or full paths or URIs of files",
+            do="mend the name",
+        )
     if not metrics["heldout_documents"]:
-        raise DataError("no document is held out for evaluation", got=f"{where}: {seen}",
-                        wanted="at least one group", do="raise ingest.held_out_frac, or name one in ingest.held_out_groups")
+        raise DataError(
+            "no document is held out for evaluation",
+            got=f"{where}: {seen}",
+            wanted="at least one group",
+            do="raise ingest.held_out_frac, or name one in ingest.held_out_groups",
+        )
     say(f"  {seen}, {format_bytes(metrics['train_bytes'])} of training text")

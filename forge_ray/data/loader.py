@@ -34,7 +34,10 @@ class Permutation:
         self._half_bits = np.uint64(max(1, -(-max(1, (n - 1).bit_length()) // 2)))
         self._mask = np.uint64((1 << int(self._half_bits)) - 1)
         seed = hashlib.sha256(repr(key).encode()).digest()
-        self._keys = [np.uint64(int.from_bytes(hashlib.sha256(seed + bytes([r])).digest()[:8], "little")) for r in range(self._ROUNDS)]
+        self._keys = [
+            np.uint64(int.from_bytes(hashlib.sha256(seed + bytes([r])).digest()[:8], "little"))
+            for r in range(self._ROUNDS)
+        ]
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
         """Where each index goes; shape and order are kept."""
@@ -79,7 +82,8 @@ class SlotLoader:
         if not self.num_sequences:
             raise DataError(
                 "the corpus is too small: it holds no whole training sequence",
-                got=f"{sum(shard.header.num_tokens for shard in shards)} tokens", wanted=f"more than pretrain.seq_len {seq_len}",
+                got=f"{sum(shard.header.num_tokens for shard in shards)} tokens",
+                wanted=f"more than pretrain.seq_len {seq_len}",
                 do="add documents or lower pretrain.seq_len",
             )
         self._permutation = lru_cache(maxsize=2)(lambda epoch: Permutation(self.num_sequences, (seed, epoch)))

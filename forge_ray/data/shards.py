@@ -10,7 +10,8 @@ offset 0    8 bytes   magic b"FORGETOK"
                       table_bytes, tokens_sha256, table_sha256
       ...             zeros up to a multiple of 64
       T               tokens: num_tokens ids; each document is its ids followed by end_token
-      T + tokens      table: one Arrow IPC stream with the columns id, offset, length, source, licence; offset and length
+      T + tokens      table: one Arrow IPC stream with the columns id, offset, length, source, licence; offset and
+      length
                       count tokens, the end token included
 ```
 
@@ -76,14 +77,17 @@ class Shard:
                 raise _damaged(path, f"its format version is {version}, this program reads {FORMAT_VERSION}")
             try:
                 self.header = Header(**json.loads(stream.read(length)))
+                dtype = np.dtype(self.header.dtype).newbyteorder("<")
             except (ValueError, TypeError) as error:
                 raise _damaged(path, f"its header cannot be read: {error}") from None
         self._tokens_at = _aligned(16 + length)
-        self._table_at = self._tokens_at + self.header.num_tokens * np.dtype(self.header.dtype).itemsize
+        self._table_at = self._tokens_at + self.header.num_tokens * dtype.itemsize
         if path.stat().st_size != self._table_at + self.header.table_bytes:
-            raise _damaged(path, f"it has {path.stat().st_size} bytes, its header wants {self._table_at + self.header.table_bytes}")
+            raise _damaged(
+                path, f"it has {path.stat().st_size} bytes, its header wants {self._table_at + self.header.table_bytes}"
+            )
         self.tokens: np.ndarray = np.memmap(
-            path, dtype=np.dtype(self.header.dtype).newbyteorder("<"), mode="r", offset=self._tokens_at, shape=(self.header.num_tokens,)
+            path, dtype=dtype, mode="r", offset=self._tokens_at, shape=(self.header.num_tokens,)
         )
 
     def table(self) -> pa.Table:
@@ -98,8 +102,10 @@ class Shard:
         Raises:
             CorruptError: Naming the file and the part that differs.
         """
-        for part, data, wanted in (("tokens", self.tokens.tobytes(), self.header.tokens_sha256),
-                                   ("document table", self._table_bytes(), self.header.table_sha256)):
+        for part, data, wanted in (
+            ("tokens", self.tokens.tobytes(), self.header.tokens_sha256),
+            ("document table", self._table_bytes(), self.header.table_sha256),
+        ):
             if digest_bytes(data) != wanted:
                 raise _damaged(self.path, f"the SHA-256 of its {part} does not match")
 
@@ -126,10 +132,20 @@ def write(stream: Any, tokens: np.ndarray, table: pa.Table, *, vocab_size: int, 
         writer.write_table(table)
     table_bytes = sink.getvalue().to_pybytes()
     data = tokens.astype(tokens.dtype.newbyteorder("<")).tobytes()
-    header = json.dumps(asdict(Header(
-        dtype=tokens.dtype.name, num_tokens=len(tokens), num_documents=table.num_rows, vocab_size=vocab_size,
-        end_token=end_token, table_bytes=len(table_bytes), tokens_sha256=digest_bytes(data), table_sha256=digest_bytes(table_bytes),
-    ))).encode()
+    header = json.dumps(
+        asdict(
+            Header(
+                dtype=tokens.dtype.name,
+                num_tokens=len(tokens),
+                num_documents=table.num_rows,
+                vocab_size=vocab_size,
+                end_token=end_token,
+                table_bytes=len(table_bytes),
+                tokens_sha256=digest_bytes(data),
+                table_sha256=digest_bytes(table_bytes),
+            )
+        )
+    ).encode()
     stream.write(MAGIC + struct.pack("<II", FORMAT_VERSION, len(header)) + header)
     stream.write(b"\0" * (_aligned(16 + len(header)) - 16 - len(header)))
     stream.write(data)
@@ -141,7 +157,9 @@ def dtype_of(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def run(config: TokenizeConfig, documents: Artifact, tokenizer: Artifact, workspace: Workspace) -> tuple[list[FileEntry], dict[str, Any]]:
+def run(
+    config: TokenizeConfig, documents: Artifact, tokenizer: Artifact, workspace: Workspace
+) -> tuple[list[FileEntry], dict[str, Any]]:
     """Tokenizes every part with Ray Data.
 
     Returns:
@@ -181,11 +199,11 @@ class _Tokenizer:
         rows, pending = [], _Pending()
         for batch in pq.ParquetFile(path).iter_batches(batch_size=_ENCODE_DOCUMENTS):
             documents = batch.to_pylist()
-            # Special tokens that stand in a document are text there, not an end of it.
-            encodings = tokenizer.encode_batch_fast([document["text"] for document in documents], add_special_tokens=False)
+            encodings = tokenizer.encode_batch_fast(
+                [document["text"] for document in documents], add_special_tokens=False
+            )
             for document, encoding in zip(documents, encodings, strict=True):
-                ids = [i for i in encoding.ids if i != self._end]
-                pending.add(document, [*ids, self._end])
+                pending.add(document, [*encoding.ids, self._end])
                 if pending.num_tokens >= self.config.shard_tokens:
                     rows.append(self._store(split, pending))
                     pending = _Pending()
@@ -198,8 +216,14 @@ class _Tokenizer:
         tokens = np.concatenate(pending.tokens).astype(dtype_of(self._vocab_size))
         with self.workspace.new_file(split) as build:
             write(build.stream, tokens, pa.table(pending.columns), vocab_size=self._vocab_size, end_token=self._end)
-        return {"split": split, "sha256": build.entry.sha256, "size_bytes": build.entry.size_bytes, "tokens": len(tokens),
-                "documents": len(pending.columns["id"]), "bytes": pending.num_bytes}
+        return {
+            "split": split,
+            "sha256": build.entry.sha256,
+            "size_bytes": build.entry.size_bytes,
+            "tokens": len(tokens),
+            "documents": len(pending.columns["id"]),
+            "bytes": pending.num_bytes,
+        }
 
 
 class _Pending:
@@ -226,4 +250,6 @@ def _aligned(offset: int) -> int:
 
 
 def _damaged(path: Path, why: str) -> CorruptError:
-    return CorruptError("a token shard is damaged", got=f"{path}: {why}", do="restore the file, or run `forge tokenize` again")
+    return CorruptError(
+        "a token shard is damaged", got=f"{path}: {why}", do="restore the file, or run `forge tokenize` again"
+    )

@@ -23,8 +23,16 @@ FORMAT_VERSION = 1
 REPORT_BYTES = 4 << 20
 # The split that GPT-4 and Qwen publish: contractions, words with one leading space or mark, up to three digits, runs of
 # punctuation, line ends, blanks.
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT_PATTERN = "|".join(
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
 )
 
 
@@ -46,10 +54,12 @@ def run(config: TokenizerConfig, documents: Artifact, workspace: Workspace) -> t
 
 
 def load(artifact: Artifact) -> Tokenizer:
-    """The tokenizer of an artifact, verified."""
+    """The tokenizer of an artifact, verified; a special token that stands in a text is text to it."""
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_str(artifact.read_bytes("tokenizer.json").decode())
+    tokenizer = Tokenizer.from_str(artifact.read_bytes("tokenizer.json").decode())
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def end_of_document(tokenizer: Tokenizer) -> int:
@@ -91,20 +101,25 @@ def _learn(config: TokenizerConfig, documents_ref: str, workspace: Workspace) ->
 
     documents = workspace.get(documents_ref)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size, special_tokens=list(config.special_tokens), show_progress=False,
+        vocab_size=config.vocab_size,
+        special_tokens=list(config.special_tokens),
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     texts = [row["text"] for row in sample(documents, "train", config.sample_bytes)]
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < config.vocab_size:
         raise DataError(
-            "the corpus does not support a vocabulary of this size", got=f"tokenizer.vocab_size {config.vocab_size}",
+            "the corpus does not support a vocabulary of this size",
+            got=f"tokenizer.vocab_size {config.vocab_size}",
             wanted=f"at most {tokenizer.get_vocab_size()}, all that {len(texts)} documents yield",
             do=f"set tokenizer.vocab_size to {tokenizer.get_vocab_size()} or less, or add documents",
         )
@@ -112,8 +127,11 @@ def _learn(config: TokenizerConfig, documents_ref: str, workspace: Workspace) ->
     tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(held_out))
     num_bytes = sum(len(text.encode()) for text in held_out)
     metrics = {
-        "vocab_size": tokenizer.get_vocab_size(), "sample_documents": len(texts),
+        "vocab_size": tokenizer.get_vocab_size(),
+        "sample_documents": len(texts),
         "sample_bytes": sum(len(text.encode()) for text in texts),
-        "heldout_bytes": num_bytes, "heldout_tokens": tokens, "heldout_bytes_per_token": num_bytes / max(tokens, 1),
+        "heldout_bytes": num_bytes,
+        "heldout_tokens": tokens,
+        "heldout_bytes_per_token": num_bytes / max(tokens, 1),
     }
     return tokenizer.to_str(), metrics

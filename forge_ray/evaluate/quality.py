@@ -30,8 +30,9 @@ OURS = "model"
 _BATCH = 16
 
 
-def run(config: EvaluateConfig, model: ModelConfig, seq_len: int, inputs: dict[str, Artifact],
-        workspace: Workspace) -> tuple[list[FileEntry], dict[str, Any]]:
+def run(
+    config: EvaluateConfig, model: ModelConfig, seq_len: int, inputs: dict[str, Artifact], workspace: Workspace
+) -> tuple[list[FileEntry], dict[str, Any]]:
     """Scores every comparator in its own Ray task.
 
     Args:
@@ -50,8 +51,14 @@ def run(config: EvaluateConfig, model: ModelConfig, seq_len: int, inputs: dict[s
     skipped = {name: row["note"] for name, row in rows.items() if row["bits_per_byte"] is None}
     for name, note in skipped.items():
         say(f"  {name} is left out: {note}")
-    metrics = {"bits_per_byte": scores, "skipped": skipped, "heldout_bytes": rows[OURS]["bytes"],
-               "heldout_documents": rows[OURS]["documents"], "context_tokens": seq_len, "samples": samples}
+    metrics = {
+        "bits_per_byte": scores,
+        "skipped": skipped,
+        "heldout_bytes": rows[OURS]["bytes"],
+        "heldout_documents": rows[OURS]["documents"],
+        "context_tokens": seq_len,
+        "samples": samples,
+    }
     return [workspace.put_bytes("report.json", json.dumps(metrics, indent=1).encode())], metrics
 
 
@@ -60,7 +67,9 @@ class _Scorer:
 
     __name__ = "evaluate"
 
-    def __init__(self, config: EvaluateConfig, model: ModelConfig, seq_len: int, refs: dict[str, str], workspace: Workspace) -> None:
+    def __init__(
+        self, config: EvaluateConfig, model: ModelConfig, seq_len: int, refs: dict[str, str], workspace: Workspace
+    ) -> None:
         self.config, self.model, self.seq_len, self.refs, self.workspace = config, model, seq_len, refs, workspace
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -68,15 +77,25 @@ class _Scorer:
         if name == "samples":
             return [{"job": name, "samples": self._samples()}]
         began = time.monotonic()
-        texts = [document["text"] for document in vocabulary.sample(self._get("ingest"), "heldout", self.config.max_bytes)]
+        texts = [
+            document["text"] for document in vocabulary.sample(self._get("ingest"), "heldout", self.config.max_bytes)
+        ]
         num_bytes = sum(len(text.encode()) for text in texts)
         bits, note = None, ""
         try:
             bits = getattr(self, f"_{name}")(texts)
         except baselines.NotInstalledError as error:
             note = str(error)
-        return [{"job": name, "bits_per_byte": None if bits is None else bits / num_bytes, "note": note, "bytes": num_bytes,
-                 "documents": len(texts), "wall_s": time.monotonic() - began}]
+        return [
+            {
+                "job": name,
+                "bits_per_byte": None if bits is None else bits / num_bytes,
+                "note": note,
+                "bytes": num_bytes,
+                "documents": len(texts),
+                "wall_s": time.monotonic() - began,
+            }
+        ]
 
     def _get(self, role: str) -> Artifact:
         return self.workspace.get(self.refs[role])
@@ -168,8 +187,14 @@ def nats(model: Transformer, documents: list[list[int]], context: int) -> float:
     return total
 
 
-def generate(model: Transformer, ids: list[int], num_tokens: int, temperature: float, end: int,
-             generator: torch.Generator | None = None) -> list[int]:
+def generate(
+    model: Transformer,
+    ids: list[int],
+    num_tokens: int,
+    temperature: float,
+    end: int,
+    generator: torch.Generator | None = None,
+) -> list[int]:
     """Continues a text token by token, recomputing all each time: for short samples; serving is vLLM's work.
 
     Args:

@@ -56,11 +56,23 @@ def hf_config(config: ModelConfig, vocab_size: int, max_len: int, end_token: int
     from transformers import Qwen3Config
 
     return Qwen3Config(
-        architectures=["Qwen3ForCausalLM"], vocab_size=vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
-        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim, max_position_embeddings=max_len, rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}, tie_word_embeddings=config.tied_embeddings,
-        attention_bias=False, use_sliding_window=False, bos_token_id=end_token, eos_token_id=end_token, dtype="float32",
+        architectures=["Qwen3ForCausalLM"],
+        vocab_size=vocab_size,
+        hidden_size=config.d_model,
+        intermediate_size=config.d_ff,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=max_len,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tied_embeddings,
+        attention_bias=False,
+        use_sliding_window=False,
+        bos_token_id=end_token,
+        eos_token_id=end_token,
+        dtype="float32",
     )
 
 
@@ -96,7 +108,8 @@ def compare(folder: Path, model: Transformer, tokens_BT: Tensor, tolerance: floa
         difference = (model(tokens_BT).log_softmax(-1) - theirs(tokens_BT).logits.log_softmax(-1)).abs().max().item()
     if not difference <= tolerance:
         raise ExportError(
-            "the exported folder does not compute what the trained model does", got=f"log-probabilities differ by {difference:.2e}",
+            "the exported folder does not compute what the trained model does",
+            got=f"log-probabilities differ by {difference:.2e}",
             wanted=f"at most {tolerance:.0e} (export.logit_tolerance)",
             do="compare the versions of transformers and forge-ray with those of the lock; nothing was published",
         )
@@ -114,7 +127,11 @@ def _write_tokenizer(folder: Path, tokenizer_json: str, end_token: int, max_len:
         single=f"{end} $A", pair=f"{end} $A {end} $B", special_tokens=[(end, end_token)]
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end, model_max_length=max_len,
+        tokenizer_object=tokenizer,
+        bos_token=end,
+        eos_token=end,
+        pad_token=end,
+        model_max_length=max_len,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
 

@@ -1,9 +1,11 @@
 """Our decoder in plain PyTorch, in the shape of Qwen3 (dense): what it computes is what transformers and vLLM compute.
 
-RMSNorm before each block, grouped-query attention with normalised queries and keys, rotary positions, SwiGLU, no biases.
-Owns parameters, their initialisation and the forward pass; training is `train/`, names of other libraries are `hf.py`.
+RMSNorm before each block, grouped-query attention with normalised queries and keys, rotary positions, SwiGLU, no
+biases. Owns parameters, their initialisation and the forward pass; training is `train/`, names of other libraries are
+`hf.py`.
 
-Shapes: B batch, T time, D model width, H query heads, G key-value heads, K head size, F feed-forward width, V vocabulary.
+Shapes: B batch, T time, D model width, H query heads, G key-value heads, K head size, F feed-forward width, V
+    vocabulary.
 
 Source: Qwen3 technical report (arXiv 2505.09388), section 2.
 """
@@ -54,7 +56,12 @@ class Attention(nn.Module):
         v_BGTK = self.v(x_BTD).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
         q_BHTK, k_BGTK = rotate(q_BHTK, rotary), rotate(k_BGTK, rotary)
         y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.num_kv_heads
+            q_BHTK,
+            k_BGTK,
+            v_BGTK,
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.num_heads != self.num_kv_heads,
         )
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, -1))
 
@@ -109,7 +116,9 @@ class Transformer(nn.Module):
                 if parameter.ndim == 1:
                     parameter.fill_(1.0)
                 else:
-                    shrink = math.sqrt(2 * self.config.num_layers) if name.endswith(("out.weight", "down.weight")) else 1.0
+                    shrink = (
+                        math.sqrt(2 * self.config.num_layers) if name.endswith(("out.weight", "down.weight")) else 1.0
+                    )
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * (std / shrink))
         return self
 
@@ -161,8 +170,11 @@ def load_weights(model: Transformer, tensors: dict[str, Tensor]) -> Transformer:
     own = dict(model.named_parameters())
     wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n, p in own.items() if p.shape != tensors[n].shape)
     if wrong:
-        raise CorruptError("the weights belong to a model of another shape", got=", ".join(wrong[:3]),
-                           do="use the model section that the run was started with")
+        raise CorruptError(
+            "the weights belong to a model of another shape",
+            got=", ".join(wrong[:3]),
+            do="use the model section that the run was started with",
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])

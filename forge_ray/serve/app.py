@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from forge_ray.errors import ServeError
+from forge_ray.serve.replica import FAILURE_MARK
 
 APP_NAME = "forge"
+QUIET_LOGS = {"log_level": "WARNING", "enable_access_log": False}
 NEEDED_FILES = ("config.json", "model.safetensors|model.safetensors.index.json", "tokenizer.json")
 
-# What the replicas' processes see: nothing leaves the machine, warnings only, loopback for vLLM's own sockets. The last
-# three choose our engine, let it keep its worker in its own process, and keep Ray's import hook out, which would make
-# the warmed workers' environment differ from the replicas'.
+# What the replicas' processes see: nothing leaves the machine, warnings only, loopback for vLLM's own sockets, and
+# vLLM's leave to keep the worker in the engine's process.
 REPLICA_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -36,12 +37,15 @@ REPLICA_ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TQDM_DISABLE": "1",
-    "RAYLLM_VLLM_ENGINE_CLS": "forge_ray.serve.replica.OneProcessEngine",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK": "0",
 }
-# Eager: compiling costs more than it saves below some 100 M parameters on CPUs. With an explicit cache size vLLM skips its warm-up too.
-ENGINE_DEFAULTS: dict[str, object] = {"load_format": "safetensors", "trust_remote_code": False, "enforce_eager": True, "max_num_seqs": 32}
+# Eager with an explicit cache size makes vLLM skip compiling and its warm-up: a second in place of minutes.
+ENGINE_DEFAULTS: dict[str, object] = {
+    "load_format": "safetensors",
+    "trust_remote_code": False,
+    "enforce_eager": True,
+    "max_num_seqs": 32,
+}
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,12 @@ class Endpoint:
         try:
             return str(_http(f"{self.url}/v1/completions", body)["choices"][0]["text"])
         except urllib.error.HTTPError as error:
-            raise ServeError("the model refused the request", got=f"HTTP {error.code}: {error.read(2000).decode(errors='replace')}",
-                             do="shorten the prompt or lower max_tokens if the text says so") from error
+            text = error.read(2000).decode(errors="replace")
+            raise ServeError(
+                "the model refused the request",
+                got=f"HTTP {error.code}: {text}",
+                do="shorten the prompt or lower max_tokens if the text says so",
+            ) from error
         except OSError as error:
             raise ServeError("the endpoint does not answer", got=f"{self.url}: {error}", do="start it again") from error
 
@@ -100,7 +108,7 @@ def deploy(
         num_replicas: Copies of the model.
         max_model_len: Prompt and answer together, in tokens.
         kv_cache_bytes: Size of each replica's key-value cache. It is written once at start (1 GiB costs 3 s).
-        cpus_per_replica: What Ray reserves for a replica; the ingress and the proxy reserve nothing, so one free CPU is enough.
+        cpus_per_replica: What Ray reserves for a replica; ingress and proxy reserve nothing, so one free CPU is enough.
         dtype: "auto", "bfloat16" or "float32".
         engine_kwargs: More of vLLM's engine arguments; they win over ours.
         ready_timeout_s: Longest wait, from the call on.
@@ -110,7 +118,9 @@ def deploy(
         ServeError: Refused before anything started, the replica failed (with its own words), or the time is over.
 
     Cost:
-        27 s from the call to the first answer for 1.4 M parameters on 2 idle cores, nearly all of it imports.
+        30 CPU seconds, nearly all imports of vLLM in three processes (ingress, replica, engine). On a shared machine of
+        2 cores the first answer came after 36 s, with another actor holding one CPU, and 64 s at a load of 5 to 8
+        (1.4 M parameters, 2026-11).
     """
     deadline = time.monotonic() + ready_timeout_s
     model_dir = model_dir.resolve()
@@ -120,15 +130,14 @@ def deploy(
     _check_no_other_serve()
     threads = str(max(1, int(cpus_per_replica)))
     environment = REPLICA_ENVIRONMENT | {"OMP_NUM_THREADS": threads}
-    engine = ENGINE_DEFAULTS | {"max_model_len": max_model_len, "kv_cache_memory_bytes": kv_cache_bytes, "dtype": dtype} | engine_kwargs
+    sizes = {"max_model_len": max_model_len, "kv_cache_memory_bytes": kv_cache_bytes, "dtype": dtype}
+    engine = ENGINE_DEFAULTS | sizes | engine_kwargs
     endpoint = Endpoint(url=f"http://{_for_url(host)}:{port}", model_name=model_name)
     try:
-        on_state("starting Serve, importing vLLM in two workers")
-        _start_serve_and_submit(
-            host, port, environment, deadline,
-            {"model_dir": str(model_dir), "model_name": model_name, "num_replicas": num_replicas, "cpus": cpus_per_replica,
-             "engine": engine, "env": environment},
-        )
+        on_state("starting Serve")
+        _start_serve(host, port)
+        settings = {"model_name": model_name, "model_dir": str(model_dir), "engine_kwargs": engine}
+        _submit(settings, num_replicas, cpus_per_replica, environment)
         _wait_until_ready(endpoint, deadline, ready_timeout_s, on_state)
     except BaseException:
         with contextlib.suppress(Exception):
@@ -137,44 +146,42 @@ def deploy(
     return endpoint
 
 
-def _start_serve_and_submit(host: str, port: int, environment: dict[str, str], deadline: float, what: dict[str, Any]) -> None:
-    """Imports once where it is needed: two Ray workers import vLLM while Serve starts, and then become ingress and replica.
-
-    Ray reuses an idle worker for an actor of the same runtime environment. Where it does not (another node, no idle
-    worker) all still works, 8 s slower. The driver imports neither torch nor vLLM.
-    """
-    import ray
+def _start_serve(host: str, port: int) -> None:
     from ray import serve
-    from ray.exceptions import GetTimeoutError, RayError
 
-    options = {"num_cpus": 0, "runtime_env": {"env_vars": environment}, "max_retries": 1}
-    loads = [ray.remote(_load).options(name="import vllm", **options).remote() for _ in range(2)]
     try:
-        serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"}, logging_config={"log_level": "WARNING"})
-        ray.get(loads, timeout=max(1.0, deadline - time.monotonic()))
-        ray.get(ray.remote(_submit).options(name="submit", **options).remote(what), timeout=max(1.0, deadline - time.monotonic()))
-    except GetTimeoutError as error:
-        raise ServeError("Ray's workers did not import vLLM in time", do="raise ready_timeout_s, or free CPUs") from error
-    except (RayError, RuntimeError, ValueError) as error:
-        cause = getattr(error, "cause", None) or error
-        raise ServeError("the application could not be built", got=f"{type(cause).__name__}: {cause}",
-                         do="correct what the text above names and deploy again") from error
+        serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"}, logging_config=QUIET_LOGS)
+    except Exception as error:
+        raise ServeError(
+            "Ray Serve did not start",
+            got=f"{type(error).__name__}: {error}",
+            do="look at the controller's log in Ray's session folder",
+        ) from error
 
 
-def _load() -> None:
-    try:
-        import forge_ray.serve.replica
-    except ValueError as error:
-        # Ray 2.60 registers its connectors in the cluster's store, not atomically: of two first imports one may fail.
-        if "already registered" not in str(error):
-            raise
-        import forge_ray.serve.replica  # noqa: F401
+def _submit(settings: dict[str, Any], num_replicas: int, cpus: float, environment: dict[str, str]) -> None:
+    """Hands the application to Serve; returns before replicas start."""
+    from ray import serve
 
+    from forge_ray.serve.replica import Ingress, Model
 
-def _submit(what: dict[str, Any]) -> None:
-    from forge_ray.serve.replica import submit
-
-    submit(APP_NAME, **what)
+    # Ray Serve LLM's own builder asks for 2 CPUs a replica and 1 for the ingress: on 2 CPUs it waits for ever. Here
+    # only the placement group reserves. One constructor try: a second fails alike, an engine start later.
+    # Serve's graceful stop waits 2 s per round by default.
+    runtime_env = {"env_vars": environment}
+    common: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": 0, "runtime_env": runtime_env},
+        "max_ongoing_requests": 1000,
+        "max_constructor_retry_count": 1,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": 5,
+    }
+    reserved = [{"CPU": cpus}]
+    model = serve.deployment(Model, num_replicas=num_replicas, placement_group_bundles=reserved, **common)
+    ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", num_replicas=1, **common)
+    app = ingress.bind(settings["model_name"], model.bind(settings), settings)
+    target = serve.RunTarget(target=app, name=APP_NAME, route_prefix="/", logging_config=QUIET_LOGS)
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
 def _wait_until_ready(endpoint: Endpoint, deadline: float, timeout_s: float, on_state: Callable[[str], None]) -> None:
@@ -193,13 +200,22 @@ def _wait_until_ready(endpoint: Endpoint, deadline: float, timeout_s: float, on_
             on_state(state)
             shown = state
         if app is not None and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise ServeError("the model could not be served", got=_failure(app), do="correct what the text above names and deploy again")
+            raise ServeError(
+                "the model could not be served",
+                got=_failure(app),
+                do="correct what the text above names and deploy again",
+            )
         if app is not None and app.status == "RUNNING" and _lists_model(endpoint):
             on_state(f"ready at {endpoint.url}")
             return
         if time.monotonic() > deadline:
-            raise ServeError("the model was not ready in time", got=f"after {timeout_s:g} s: {_failure(app) if app else state}",
-                             wanted="RUNNING", do="free CPUs for the replica, or raise ready_timeout_s")
+            last = _failure(app) if app else state
+            raise ServeError(
+                "the model was not ready in time",
+                got=f"after {timeout_s:g} s: {last}",
+                wanted="RUNNING",
+                do="free CPUs for the replica, or raise ready_timeout_s",
+            )
         time.sleep(0.1)
 
 
@@ -211,8 +227,11 @@ def _describe(app: Any) -> str:
 
 
 def _failure(app: Any) -> str:
-    texts = [app.message, *(f"{name}: {dep.message}" for name, dep in app.deployments.items() if dep.status != "HEALTHY")]
-    return "\n".join(text for text in texts if text) or app.status.value
+    """The replicas' own words where there are some, else the last lines of what Serve says."""
+    waiting = {name: dep.message for name, dep in app.deployments.items() if dep.status != "HEALTHY"}
+    texts = [f"{name}: {message}" for name, message in waiting.items() if message] or [app.message or app.status.value]
+    known = [text.rpartition(FAILURE_MARK)[2] for text in texts if FAILURE_MARK in text]
+    return "\n".join(known or ["\n".join(text.strip().splitlines()[-6:]) for text in texts])
 
 
 def _lists_model(endpoint: Endpoint) -> bool:
@@ -224,8 +243,9 @@ def _lists_model(endpoint: Endpoint) -> bool:
 
 def _http(url: str, body: dict[str, object] | None = None, timeout_s: float = 600) -> Any:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})  # noqa: S310
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a company proxy must not see loopback traffic
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    # No proxy: a company's proxy must not see (and cannot reach) loopback.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=timeout_s) as response:
         return json.load(response)
 
@@ -233,14 +253,21 @@ def _http(url: str, body: dict[str, object] | None = None, timeout_s: float = 60
 def _check_folder(model_dir: Path) -> None:
     missing = [names for names in NEEDED_FILES if not any((model_dir / name).is_file() for name in names.split("|"))]
     if missing:
-        raise ServeError("this is no exported model folder", got=f"{model_dir} without {', '.join(missing)}",
-                         wanted="a Hugging Face folder in safetensors", do="run the export stage and give its folder")
+        raise ServeError(
+            "this is no exported model folder",
+            got=f"{model_dir} without {', '.join(missing)}",
+            wanted="a Hugging Face folder in safetensors",
+            do="run the export stage and give its folder",
+        )
 
 
 def _check_direct_streaming_is_off() -> None:
     if os.environ.get("RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING") == "1":
-        raise ServeError("direct streaming takes our ingress out of the way of requests", got="RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1",
-                         do="unset that variable on every node")
+        raise ServeError(
+            "direct streaming takes our ingress out of the way of requests",
+            got="RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1",
+            do="unset that variable on every node",
+        )
 
 
 def _check_no_other_serve() -> None:
@@ -248,8 +275,11 @@ def _check_no_other_serve() -> None:
 
     with contextlib.suppress(ValueError):
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-        raise ServeError("Serve runs on this cluster already", wanted="a cluster without Serve: its host and port cannot be changed",
-                         do="stop that endpoint first, or use another cluster")
+        raise ServeError(
+            "Serve runs on this cluster already, and its host and port cannot be changed",
+            wanted="a cluster without Serve",
+            do="stop that endpoint first, or use another cluster",
+        )
 
 
 def _for_url(host: str) -> str:
@@ -264,8 +294,12 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ServeError(f"cannot listen on {host}:{port}", got=_holder(port) or str(error), wanted="a free port",
-                             do="stop that process, or choose another port") from error
+            raise ServeError(
+                f"cannot listen on {host}:{port}",
+                got=_holder(port) or str(error),
+                wanted="a free port",
+                do="stop that process, or choose another port",
+            ) from error
 
 
 def _holder(port: int) -> str | None:

@@ -1,4 +1,5 @@
-"""Export: the Hugging Face folder that transformers and vLLM load, compared with the trained model before it is published.
+"""Export: the Hugging Face folder that transformers and vLLM load, compared with the trained model before it is
+published.
 
 Owns the model card and the check; names and files are `model/hf.py`.
 """
@@ -19,8 +20,9 @@ FORMAT_VERSION = 1
 _COMPARED_SEQUENCES = 4
 
 
-def run(config: ExportConfig, model: ModelConfig, seq_len: int, inputs: dict[str, Artifact],
-        workspace: Workspace) -> tuple[list[FileEntry], dict[str, Any]]:
+def run(
+    config: ExportConfig, model: ModelConfig, seq_len: int, inputs: dict[str, Artifact], workspace: Workspace
+) -> tuple[list[FileEntry], dict[str, Any]]:
     """Writes and checks the folder in a Ray task.
 
     Args:
@@ -41,8 +43,9 @@ def run(config: ExportConfig, model: ModelConfig, seq_len: int, inputs: dict[str
     return files, metrics
 
 
-def _export(config: ExportConfig, shape: ModelConfig, seq_len: int, refs: dict[str, str],
-            workspace: Workspace) -> tuple[list[FileEntry], dict[str, Any]]:
+def _export(
+    config: ExportConfig, shape: ModelConfig, seq_len: int, refs: dict[str, str], workspace: Workspace
+) -> tuple[list[FileEntry], dict[str, Any]]:
     import torch
 
     from forge_ray.data.shards import Shard
@@ -51,7 +54,9 @@ def _export(config: ExportConfig, shape: ModelConfig, seq_len: int, refs: dict[s
 
     inputs = {role: workspace.get(ref) for role, ref in refs.items()}
     model, end_token = load_model(inputs["pretrain"], shape, seq_len)
-    shard = Shard(inputs["tokenize"].local_path(next(n for n in inputs["tokenize"].names(".tok") if n.startswith("heldout"))))
+    shard = Shard(
+        inputs["tokenize"].local_path(next(n for n in inputs["tokenize"].names(".tok") if n.startswith("heldout")))
+    )
     length = min(seq_len, shard.header.num_tokens)
     starts = [i * length % (shard.header.num_tokens - length + 1) for i in range(_COMPARED_SEQUENCES)]
     tokens = torch.stack([torch.from_numpy(shard.tokens[s : s + length].astype("int64")) for s in starts])
@@ -77,14 +82,15 @@ pipeline_tag: text-generation
 ---
 # {config.name}
 
-A language model trained from scratch with Forge-Ray {__version__}: {trained['parameters']:,} parameters in the shape of
-Qwen3, its own vocabulary of {trained['vocab_size']:,} entries, {trained['tokens']:,} training tokens from
-{corpus['train_documents']:,} documents ({trained['epochs']:.2f} passes), {trained['train_flops']:.2e} floating-point operations.
+A language model trained from scratch with Forge-Ray {__version__}: {trained["parameters"]:,} parameters in the shape of
+Qwen3, its own vocabulary of {trained["vocab_size"]:,} entries, {trained["tokens"]:,} training tokens from
+{corpus["train_documents"]:,} documents ({trained["epochs"]:.2f} passes), {trained["train_flops"]:.2e} floating-point
+operations.
 
 ## Quality on held-out documents
 
-Bits per byte over {inputs['evaluate'].metrics['heldout_bytes']:,} bytes of {len(corpus['heldout_groups'])} groups that were
-never trained on; less is better. All rows score the same bytes.
+Bits per byte over {inputs["evaluate"].metrics["heldout_bytes"]:,} bytes of {len(corpus["heldout_groups"])} groups
+that were never trained on; less is better. All rows score the same bytes.
 
 | | bits per byte |
 |---|---|
@@ -92,8 +98,8 @@ never trained on; less is better. All rows score the same bytes.
 
 ## Limits
 
-It continues text of its training documents' kind and knows nothing else; it is not tuned to follow instructions. What it
-writes may be wrong.
+It continues text of its training documents' kind and knows nothing else; it is not tuned to follow instructions. What
+it writes may be wrong.
 
 ## Lineage
 

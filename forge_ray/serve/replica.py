@@ -1,108 +1,78 @@
-"""What runs inside Ray's workers: builds the Serve application, and the vLLM engine that a replica holds.
+"""The two deployments as Serve holds them: `Model`, one engine per replica, and `Ingress`, the OpenAI routes in front.
 
-Owns the ingress's routes and errors, the deployments' options, and the three differences from Ray Serve LLM's stock engine.
-Imports vLLM at once (8 s, 700 MB), so the driver never imports this module; it sends `load` and `submit` to workers.
+Owns which routes exist and how an error looks to a client. Both are shells that import Ray Serve LLM and vLLM in the
+replica's own process: so the driver builds the application in 0.1 s instead of importing 8 s of code it never runs,
+and both replicas import at the same time. What the engine does is in `engine.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-from collections.abc import Iterator
+import importlib
+from types import ModuleType
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
-from ray import serve
-from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException, to_model_metadata
-from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
-from ray.serve.llm import LLMConfig, build_llm_deployment
-from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
-
-_ERROR_LINE = re.compile(r"\b(?:ERROR|CRITICAL)\b|\w(?:Error|Exception): |Killed|Segmentation fault")
-_ROUTES = {
-    "models": lambda app: app.get("/v1/models"),
-    "model_data": lambda app: app.get("/v1/models/{model:path}"),
-    "completions": lambda app: app.post("/v1/completions"),
-    "chat": lambda app: app.post("/v1/chat/completions"),
-}
-_QUIET_LOGS = {"log_level": "WARNING", "enable_access_log": False}
-# Serve's own graceful stop waits 2 s and polls; 0.2 s is enough once the ingress is gone.
-_QUICK_STOP = {"graceful_shutdown_wait_loop_s": 0.2, "graceful_shutdown_timeout_s": 5}
+FAILURE_MARK = "the engine did not start: "  # what follows it is worth showing; what comes before is Serve's traceback
 
 
-def submit(app_name: str, *, model_dir: str, model_name: str, num_replicas: int, cpus: float, engine: dict[str, Any], env: dict[str, str]) -> None:
-    """Builds the application and hands it to the Serve that runs already; returns before replicas start."""
-    config = LLMConfig(
-        model_loading_config={"model_id": model_name, "model_source": model_dir},
-        engine_kwargs=engine,
-        accelerator_config={"kind": "cpu"},
-        # Stock asks for 2 CPUs (replica and bundle) and 1 for the ingress: on a 2-CPU machine it waits for ever.
-        placement_group_config={"bundles": [{"CPU": cpus}]},
-        # One try: a second fails alike and costs another engine start before anyone hears of the first.
-        deployment_config={"num_replicas": num_replicas, "ray_actor_options": {"num_cpus": 0}, "max_constructor_retry_count": 1, **_QUICK_STOP},
-        runtime_env={"env_vars": env},
-        log_engine_metrics=False,
-    )
-    # Our own FastAPI app: the stock one lets any web origin call with credentials.
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers={OpenAIHTTPException: _refuse})
-    ingress = serve.deployment(
-        make_fastapi_ingress(OpenAiIngress, app=app, endpoint_map=_ROUTES),
-        num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": env}}, **_QUICK_STOP,
-    )
-    bound = ingress.bind(llm_deployments={model_name: build_llm_deployment(config)}, model_cards={model_name: to_model_metadata(model_name, config)})
-    target = serve.RunTarget(target=bound, name=app_name, route_prefix="/", logging_config=_QUIET_LOGS)
-    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+class Model:
+    """Holds one engine; its methods are those that Ray Serve LLM's ingress calls."""
+
+    async def __init__(self, settings: dict[str, Any]) -> None:
+        self._server = await _import("forge_ray.serve.engine").start_server(**settings)
+
+    async def completions(self, request: Any, raw_request_info: Any = None) -> Any:
+        return await self._server.completions(request, raw_request_info)
+
+    async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
+        return await self._server.chat(request, raw_request_info)
+
+    async def check_health(self) -> None:
+        """Raises when the engine is dead, so that Serve replaces this replica."""
+        await self._server.check_health()
 
 
-async def _refuse(request: Request, error: OpenAIHTTPException) -> JSONResponse:
-    # Without this, a prompt that is too long comes back as "500 Internal Server Error".
-    body = {"message": error.message, "type": getattr(error, "type", "invalid_request_error"), "code": error.status_code}
+class Ingress:
+    """Answers the OpenAI routes over the model's replicas; wrap it in `serve.ingress()`."""
+
+    def __init__(self, model_name: str, model: Any, settings: dict[str, Any]) -> None:
+        engine = _import("forge_ray.serve.engine")
+        from ray.serve.llm.ingress import OpenAiIngress
+
+        card = engine.model_card(**settings)
+        self._routes = OpenAiIngress(llm_deployments={model_name: model}, model_cards={model_name: card})
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """Our own FastAPI app: Ray's lets any web origin call with credentials, and has docs and more routes."""
+        from fastapi import FastAPI
+        from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
+
+        handlers: dict[Any, Any] = {OpenAIHTTPException: _refuse}
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)
+        app.get("/v1/models")(self._routes.models)
+        app.get("/v1/models/{model:path}")(self._routes.model_data)
+        app.post("/v1/completions")(self._routes.completions)
+        app.post("/v1/chat/completions")(self._routes.chat)
+        return app
+
+    async def check_health(self) -> None:
+        await self._routes.check_health()
+
+
+async def _refuse(request: Any, error: Any) -> Any:
+    # Without this handler a prompt that is too long comes back as "500 Internal Server Error".
+    from fastapi.responses import JSONResponse
+
+    kind = getattr(error, "type", "invalid_request_error")
+    body = {"message": error.message, "type": kind, "code": error.status_code}
     return JSONResponse({"error": body}, status_code=error.status_code)
 
 
-class OneProcessEngine(VLLMEngine):
-    """Stock engine, minus two processes that each import vLLM for 7 to 8 s (2 cores, 2026-11).
-
-    - No "download" task: the folder is local, and the task would import everything only to find nothing to fetch.
-    - The worker runs inside the engine's process. vLLM's CPU platform asks for a second process only to set OpenMP's
-      variables before torch loads; ours come with the replica's environment, so they are set from the start.
-
-    Tensor parallelism needs the second process, so with more than one rank the stock layout stays.
-    """
-
-    async def start(self) -> None:
-        """Starts the engine; a failure carries what the engine's child process wrote before it died."""
-        self.llm_config.get_or_create_callback().ctx.run_init_node = False
-        with _with_output_of_children():
-            await super().start()
-
-    def _prepare_engine_config(self, callback_ctx: Any) -> Any:
-        engine_args, frontend_args, config = super()._prepare_engine_config(callback_ctx)
-        if config.parallel_config.world_size == 1:
-            config.parallel_config.distributed_executor_backend = "uni"
-        return engine_args, frontend_args, config
-
-
-@contextlib.contextmanager
-def _with_output_of_children() -> Iterator[None]:
-    """Adds the children's error lines to an exception: vLLM's own says only "see root cause above"."""
-    starts = {path: os.path.getsize(path) for path in _log_paths()}
+def _import(name: str) -> ModuleType:
     try:
-        yield
-    except Exception as error:
-        lines = [line for path, start in starts.items() for line in _error_lines(path, start)]
-        raise RuntimeError("\n".join([f"{type(error).__name__}: {error}", *lines[-12:]])) from None
-
-
-def _log_paths() -> list[str]:
-    # Ray points a worker's stdout and stderr at files; children inherit them.
-    targets = {os.path.realpath(f"/proc/self/fd/{number}") for number in (1, 2)}
-    return sorted(path for path in targets if os.path.isfile(path))
-
-
-def _error_lines(path: str, start: int) -> list[str]:
-    with open(path, errors="replace") as file:
-        file.seek(start)
-        return [line.strip()[:400] for line in file if _ERROR_LINE.search(line)]
+        return importlib.import_module(name)
+    except ValueError as error:
+        # Ray 2.60 registers its connectors in the cluster's store, not atomically: of two first imports one may fail
+        # (seen 2026-11 on the first start with two replicas); the second try finds them registered.
+        if "already registered" not in str(error):
+            raise
+        return importlib.import_module(name)

@@ -33,16 +33,30 @@ def session(config: ServeConfig, exported: Artifact) -> Iterator[Endpoint]:
     """
     check_address(config.host)
     if exported.manifest.stage != "export":
-        raise ServeError("only an exported model can be served", got=exported.ref, wanted="export/...", do="give the ref of an export")
+        raise ServeError(
+            "only an exported model can be served",
+            got=exported.ref,
+            wanted="export/...",
+            do="give the ref of an export",
+        )
     began = time.monotonic()
     folder = exported.materialize(_cache() / _safe(exported))
     endpoint = deploy(
-        folder, model_name=exported.metrics["model_name"], host=config.host, port=config.port, num_replicas=config.num_replicas,
-        max_model_len=config.max_model_len or exported.metrics["max_model_len"], kv_cache_bytes=config.kv_cache_bytes,
-        cpus_per_replica=config.cpus_per_replica, dtype=config.dtype, engine_kwargs={}, ready_timeout_s=config.ready_timeout_s,
+        folder,
+        model_name=exported.metrics["model_name"],
+        host=config.host,
+        port=config.port,
+        num_replicas=config.num_replicas,
+        max_model_len=config.max_model_len or exported.metrics["max_model_len"],
+        kv_cache_bytes=config.kv_cache_bytes,
+        cpus_per_replica=config.cpus_per_replica,
+        dtype=config.dtype,
+        engine_kwargs={},
+        ready_timeout_s=config.ready_timeout_s,
         on_state=lambda state: say(f"  {state}"),
     )
-    say(f"serve: {exported.ref} answers at {endpoint.url}/v1 as {endpoint.model_name}, after {format_s(time.monotonic() - began)}")
+    took = format_s(time.monotonic() - began)
+    say(f"serve: {exported.ref} answers at {endpoint.url}/v1 as {endpoint.model_name}, after {took}")
     try:
         yield endpoint
     finally:
@@ -74,8 +88,12 @@ def check_address(host: str) -> None:
     except ValueError:
         loopback = False
     if not loopback:
-        raise ServeError("this endpoint has no authentication yet, so it listens on loopback only", got=f"serve.host {host}",
-                         wanted="127.0.0.1, ::1 or localhost", do="keep it on loopback and reach it through an SSH tunnel")
+        raise ServeError(
+            "this endpoint has no authentication yet, so it listens on loopback only",
+            got=f"serve.host {host}",
+            wanted="127.0.0.1, ::1 or localhost",
+            do="keep it on loopback and reach it through an SSH tunnel",
+        )
 
 
 def _cache() -> Path:

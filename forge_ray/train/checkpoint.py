@@ -1,7 +1,7 @@
 """Checkpoints of a run: everything that is needed to go on is weights, optimizer state and step.
 
-A checkpoint is a manifest `runs/<run id>/checkpoints/<step>.json` over blobs, written last, like an artifact. The newest that
-verifies wins; one that does not is named and passed over. Owns saving, finding, loading and releasing.
+A checkpoint is a manifest `runs/<run id>/checkpoints/<step>.json` over blobs, written last, like an artifact. The
+newest that verifies wins; one that does not is named and passed over. Owns saving, finding, loading and releasing.
 Not covered yet: copies in peers' memory and background writing.
 """
 
@@ -28,7 +28,9 @@ class Checkpoints:
     workspace: Workspace
     run_id: str
 
-    def save(self, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], keep: int) -> Artifact:
+    def save(
+        self, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], keep: int
+    ) -> Artifact:
         """Stores a checkpoint after `step` finished steps and releases all but the newest `keep`.
 
         Raises:
@@ -42,7 +44,8 @@ class Checkpoints:
             self.workspace.put_bytes(STATE, json.dumps({**state, "step": step}).encode()),
         )
         manifest = Manifest(stage="checkpoint", fingerprint=f"{self.run_id}@{step}", files=files)
-        self.workspace.storage.create(self._name(step), manifest.to_json())
+        # Not `create`: a manifest that stands there is of a checkpoint that was passed over as damaged.
+        self.workspace.storage.write(self._name(step), manifest.to_json())
         self._release(keep)
         return Artifact(self.workspace, manifest)
 
@@ -73,15 +76,18 @@ class Checkpoints:
         return f"runs/{self.run_id}/checkpoints/{step:08d}.json"
 
     def _release(self, keep: int) -> None:
-        """Removes old manifests, then those of their blobs that neither a newer one nor a published model has."""
-        steps = self.steps()
-        old, kept = steps[:-keep], steps[-keep:]
+        """Removes old manifests, then those of their blobs that no other checkpoint and no published model has."""
+        old = self.steps()[:-keep]
         if not old:
             return
+        storage = self.workspace.storage
         try:
-            used = {entry.sha256 for step in kept for entry in self.get(step).manifest.files}
-            for ref in self.workspace.refs_of_artifacts():
-                used |= {entry.sha256 for entry in self.workspace.get(ref).manifest.files}
+            used: set[str] = set()
+            # Of every run: two runs may store the same bytes, such as a state file.
+            others = [name for name in storage.list("runs") if "/checkpoints/" in name and name.endswith(".json")]
+            for name in {*others, *storage.list("artifacts")} - {self._name(step) for step in old}:
+                manifest = Manifest.from_json(storage.read_bytes(name), f"{self.workspace.uri}/{name}")
+                used |= {entry.sha256 for entry in manifest.files}
             for step in old:
                 files: tuple[FileEntry, ...] = self.get(step).manifest.files
                 self.workspace.storage.delete(self._name(step))

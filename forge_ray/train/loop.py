@@ -1,7 +1,7 @@
 """The training loop: one step is forward and backward over the worker's slots, one sum over workers, one update.
 
-Owns the order of things within a step and when a checkpoint is due. Knows nothing of Ray: a worker is (rank, world size)
-and an initialised process group, so the same loop runs in a test, under Ray Train, or in a process of its own.
+Owns the order of things within a step and when a checkpoint is due. Knows nothing of Ray: a worker is (rank, world
+size) and an initialised process group, so the same loop runs in a test, under Ray Train, or in a process of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from forge_ray.model.transformer import Transformer, document_mask
 from forge_ray.train.loss import mean_loss
 from forge_ray.train.optimizer import Optimizer, rate_frac
 from forge_ray.train.slots import FlatGradients, owned
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -76,7 +77,7 @@ def fit(worker: Worker, *, checkpoint_due: Callable[[], bool], on_step: Callable
 
 
 def step(worker: Worker, wants_checkpoint: bool) -> tuple[StepRecord, bool]:
-    """One step: gradients of the owned slots, the sum over workers, the update. It commits on all workers or on none."""
+    """One step: gradients of the owned slots, their sum over workers, the update; it commits on all or on none."""
     began = time.monotonic()
     config, gradients = worker.config, worker.gradients
     gradients.clear()
@@ -87,7 +88,8 @@ def step(worker: Worker, wants_checkpoint: bool) -> tuple[StepRecord, bool]:
     loss, norm = float(gradients.scalars[0]), gradients.clip(config.grad_clip)
     if not torch.isfinite(torch.tensor([loss, norm])).all():
         raise TrainError(
-            "the loss is not finite", got=f"loss {loss}, gradient norm {norm} at step {worker.step}",
+            "the loss is not finite",
+            got=f"loss {loss}, gradient norm {norm} at step {worker.step}",
             do="lower pretrain.optimizer.learning_rate, or set pretrain.precision to fp32",
         )
     rate = rate_frac(worker.step, config)

@@ -1,6 +1,7 @@
 """Cross-entropy fused with the output projection: the logits of the whole micro-batch never exist.
 
-Source: the idea of Cut Your Losses (arXiv 2411.09009) and Liger's fused linear cross-entropy, written for plain PyTorch.
+Source: the idea of Cut Your Losses (arXiv 2411.09009) and Liger's fused linear cross-entropy, written for plain
+    PyTorch.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from forge_ray.errors import CorruptError
 class Optimizer:
     """Steps a model's parameters.
 
-    With Muon, hidden matrices get Muon and the rest (embedding, output projection, norms) AdamW: what multiplies a one-hot
-    vector, or is one vector, has no spectrum to even out.
+    With Muon, hidden matrices get Muon and the rest (embedding, output projection, norms) AdamW: what multiplies a
+    one-hot vector, or is one vector, has no spectrum to even out.
 
     Source: Muon: Jordan et al. 2024, and its scaling to AdamW's update size in Moonlight (arXiv 2502.16982).
     """
@@ -26,15 +26,27 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: AdamWConfig | MuonConfig) -> None:
         named = dict(model.named_parameters())  # a tied head is listed once, as the embedding
         self._names = {parameter: name for name, parameter in named.items()}
-        hidden = [p for n, p in named.items() if p.ndim == 2 and n.startswith("blocks.")] if isinstance(config, MuonConfig) else []
+        hidden = (
+            [p for n, p in named.items() if p.ndim == 2 and n.startswith("blocks.")]
+            if isinstance(config, MuonConfig)
+            else []
+        )
         taken = {id(p) for p in hidden}
         rest = [p for p in named.values() if id(p) not in taken]
-        self._rules: list[torch.optim.Optimizer] = [_adamw(rest, config.adamw if isinstance(config, MuonConfig) else config)]
+        self._rules: list[torch.optim.Optimizer] = [
+            _adamw(rest, config.adamw if isinstance(config, MuonConfig) else config)
+        ]
         if isinstance(config, MuonConfig):
-            self._rules.append(torch.optim.Muon(
-                hidden, lr=config.learning_rate, momentum=config.momentum, nesterov=True, weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            ))
+            self._rules.append(
+                torch.optim.Muon(
+                    hidden,
+                    lr=config.learning_rate,
+                    momentum=config.momentum,
+                    nesterov=True,
+                    weight_decay=config.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
         self._peaks = [[group["lr"] for group in rule.param_groups] for rule in self._rules]
 
     def step(self, rate_frac: float) -> None:
@@ -48,7 +60,9 @@ class Optimizer:
         """The whole state, by `<parameter>/<quantity>`."""
         return {
             f"{self._names[parameter]}/{key}": torch.as_tensor(value)
-            for rule in self._rules for parameter, state in rule.state.items() for key, value in state.items()
+            for rule in self._rules
+            for parameter, state in rule.state.items()
+            for key, value in state.items()
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -68,9 +82,8 @@ class Optimizer:
             for group in rule.param_groups:
                 for parameter in group["params"]:
                     for quantity, value in by_name.get(self._names[parameter], {}).items():
-                        # `step` counters stay fp32 scalars on the CPU, as torch keeps them.
-                        kept = value.clone() if value.ndim == 0 else value.to(parameter.device).clone()
-                        rule.state[parameter][quantity] = kept
+                        # Step counters too: torch's fused AdamW keeps them beside the parameter.
+                        rule.state[parameter][quantity] = value.to(parameter.device, copy=True)
 
 
 def rate_frac(step: int, config: PretrainConfig) -> float:
@@ -87,5 +100,8 @@ def _adamw(parameters: list[nn.Parameter], config: AdamWConfig) -> torch.optim.O
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        fused=True,
     )

@@ -1,8 +1,8 @@
 """Pretrain: elastic data-parallel training under Ray Train, resumed from the workspace by whoever runs it next.
 
-Owns the run: what a Ray Train worker does (`_work`), the board through which workers tell the driver, and the artifact at
-the end. The step is `loop.py`. Ray Train's workers compute here by themselves; thin agents with compute processes of their
-own take the place of `_work` without a change to `loop.fit`.
+Owns the run: what a Ray Train worker does (`_work`), the board through which workers tell the driver, and the
+artifact at the end. The step is `loop.py`. Ray Train's workers compute here by themselves; thin agents with compute
+processes of their own take the place of `_work` without a change to `loop.fit`.
 
 Nothing needed to go on lives in the driver or in Ray: a killed run finds its newest checkpoint in the workspace.
 """
@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from forge_ray.artifact import Artifact, FileEntry, Workspace
 from forge_ray.config import ModelConfig, PretrainConfig
 from forge_ray.errors import ForgeError, TrainError
+from forge_ray.events import Events
 from forge_ray.model.arithmetic import num_parameters, train_flops_per_token
 from forge_ray.runtime import unwrapped
-from forge_ray.telemetry import Events, Progress, say
+from forge_ray.telemetry import Progress, say
 from forge_ray.train.checkpoint import OPTIMIZER, STATE, WEIGHTS, Checkpoints
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ FORMAT_VERSION = 1
 CURVE = "curve.json"
 _FLUSH_S = 2.0
 _POLL_S = 0.5
+_PATIENCE_S = 30.0
 _STARTS_WITHOUT_PROGRESS = 4
 
 
@@ -54,7 +56,13 @@ def observe(config: PretrainConfig) -> dict[str, Any]:
 
 
 def run(
-    model: ModelConfig, config: PretrainConfig, shards: Artifact, workspace: Workspace, *, run_id: str, frozen: dict[str, Any]
+    model: ModelConfig,
+    config: PretrainConfig,
+    shards: Artifact,
+    workspace: Workspace,
+    *,
+    run_id: str,
+    frozen: dict[str, Any],
 ) -> tuple[list[FileEntry], dict[str, Any]]:
     """Trains, or goes on training, until `config.steps`.
 
@@ -72,13 +80,17 @@ def run(
     """
     checkpoints = Checkpoints(workspace, run_id)
     spec = RunSpec(run_id, workspace, shards.ref, model, config, frozen["precision"])
-    steps = checkpoints.steps()
-    if not steps or steps[-1] < config.steps:
-        _train(spec)
     last = checkpoints.newest()
+    if last is None or last.read_json(STATE)["step"] < config.steps:
+        _train(spec)
+        last = checkpoints.newest()
     if last is None or last.read_json(STATE)["step"] != config.steps:
-        raise TrainError("training ended before its last step", got=f"checkpoints {steps}", wanted=f"step {config.steps}",
-                         do="run the same command again: it goes on from the newest checkpoint")
+        raise TrainError(
+            "training ended before its last step",
+            got=f"checkpoints {checkpoints.steps()}",
+            wanted=f"step {config.steps}",
+            do="run the same command again: it goes on from the newest checkpoint",
+        )
     curve = _curve(workspace, run_id)
     metrics = _metrics(spec, last.read_json(STATE), curve)
     files = [last.entry(name) for name in (WEIGHTS, OPTIMIZER, STATE)]
@@ -104,7 +116,9 @@ def _train(spec: RunSpec) -> None:
     from ray.train.torch import TorchTrainer
 
     config = spec.config
-    workers = (config.min_workers, config.max_workers) if config.min_workers < config.max_workers else config.max_workers
+    workers = (
+        (config.min_workers, config.max_workers) if config.min_workers < config.max_workers else config.max_workers
+    )
     board = ray.remote(num_cpus=0)(Board).remote()
     trainer = TorchTrainer(
         _work,
@@ -127,14 +141,20 @@ def _train(spec: RunSpec) -> None:
             raise
         except Exception as error:
             if watch.error() is None:
-                raise TrainError("Ray Train gave up", got=str(error)[:2000], do="see the workers' logs on Ray's dashboard") from error
+                raise TrainError(
+                    "Ray Train gave up", got=str(error)[:2000], do="see the workers' logs on Ray's dashboard"
+                ) from error
     if watch.error() is not None:
         raise watch.error()
 
 
 def num_workers_text(config: PretrainConfig) -> str:
     """`2 workers` or `1 to 4 workers`."""
-    span = str(config.max_workers) if config.min_workers == config.max_workers else f"{config.min_workers} to {config.max_workers}"
+    span = (
+        str(config.max_workers)
+        if config.min_workers == config.max_workers
+        else f"{config.min_workers} to {config.max_workers}"
+    )
     return f"{span} worker{'s' if config.max_workers > 1 else ''}"
 
 
@@ -156,7 +176,8 @@ class Board:
         self._starts[step] = self._starts.get(step, 0) + 1
         if self._starts[step] >= _STARTS_WITHOUT_PROGRESS and self._error is None:
             self._error = TrainError(
-                "the workers die again and again without a checkpoint between", got=f"{self._starts[step]} starts at step {step}",
+                "the workers die again and again without a checkpoint between",
+                got=f"{self._starts[step]} starts at step {step}",
                 do="see the workers' logs on Ray's dashboard; memory is the usual cause: lower pretrain.micro_batch",
             )
         return self._error
@@ -198,12 +219,16 @@ class _Watch:
 
     def _watch(self) -> None:
         progress: Progress | None = None
+        told_s = time.monotonic()
         try:
             while True:
                 stopping = self._stop.wait(_POLL_S)
                 progress = self._show(progress)
                 if stopping:
                     return
+                if progress is None and time.monotonic() - told_s > _PATIENCE_S:
+                    told_s = time.monotonic()
+                    say(f"  still waiting for workers: {_free_resources()}; Ray's dashboard shows who holds the rest")
         finally:
             if progress:
                 progress.__exit__(None, None, None)
@@ -225,6 +250,15 @@ class _Watch:
         return progress
 
 
+def _free_resources() -> str:
+    import ray
+
+    free, total = ray.available_resources(), ray.cluster_resources()
+    return ", ".join(
+        f"{free.get(name, 0):g} of {total[name]:g} {name}s are free" for name in ("CPU", "GPU") if name in total
+    )
+
+
 def _curve(workspace: Workspace, run_id: str) -> dict[str, list[Any]]:
     """Loss and rate by step; a step that was computed twice counts once, as committed last."""
     rows = {row["step"]: row for row in Events.read(workspace.storage, run_id) if row["event"] == "step"}
@@ -239,9 +273,14 @@ def _metrics(spec: RunSpec, state: dict[str, Any], curve: dict[str, list[Any]]) 
     step_s = sorted(curve["wall_s"])[len(curve["wall_s"]) // 2] if curve["wall_s"] else float("nan")
     vocab_size = state["vocab_size"]
     return {
-        "parameters": num_parameters(spec.model, vocab_size), "steps": config.steps, "tokens": config.steps * tokens_per_step,
-        "epochs": state["epochs"], "final_train_loss": sum(tail) / max(len(tail), 1),
-        "tokens_per_s": tokens_per_step / step_s, "precision": spec.precision, "vocab_size": vocab_size,
+        "parameters": num_parameters(spec.model, vocab_size),
+        "steps": config.steps,
+        "tokens": config.steps * tokens_per_step,
+        "epochs": state["epochs"],
+        "final_train_loss": sum(tail) / max(len(tail), 1),
+        "tokens_per_s": tokens_per_step / step_s,
+        "precision": spec.precision,
+        "vocab_size": vocab_size,
         "train_flops": train_flops_per_token(spec.model, vocab_size, config.seq_len) * config.steps * tokens_per_step,
     }
 
@@ -249,7 +288,8 @@ def _metrics(spec: RunSpec, state: dict[str, Any], curve: dict[str, list[Any]]) 
 def _cpu_has_bf16() -> bool:
     """Whether this machine's CPU multiplies bf16 natively; without it bf16 is slower than fp32."""
     try:
-        flags = open("/proc/cpuinfo", encoding="utf-8").read()
+        with open("/proc/cpuinfo", encoding="utf-8") as table:
+            flags = table.read()
     except OSError:
         return platform.machine() == "arm64"
     return any(name in flags for name in ("avx512_bf16", "amx_bf16", " bf16 "))
@@ -307,7 +347,9 @@ def _build(spec: RunSpec, rank: int, world_size: int, device: Any) -> Any:
     config = spec.config
     artifact = spec.workspace.get(spec.shards_ref)
     shards = [Shard(artifact.local_path(name)) for name in artifact.names(".tok") if name.startswith("train")]
-    loader = SlotLoader(shards, seq_len=config.seq_len, micro_batch=config.micro_batch, slots=config.slots, seed=config.seed)
+    loader = SlotLoader(
+        shards, seq_len=config.seq_len, micro_batch=config.micro_batch, slots=config.slots, seed=config.seed
+    )
     header = shards[0].header
     model = Transformer(spec.model, header.vocab_size, config.seq_len).initialise(config.seed).to(device)
     optimizer = Optimizer(model, config.optimizer)
@@ -320,7 +362,9 @@ def _build(spec: RunSpec, rank: int, world_size: int, device: Any) -> Any:
         checkpoint = checkpoints.get(chosen[0])
         load_weights(model, load_tensors(checkpoint, WEIGHTS))
         optimizer.load(load_tensors(checkpoint, OPTIMIZER))
-    return loop.Worker(config, model, optimizer, loader, header.end_token, spec.precision == "bf16", rank, world_size, chosen[0])
+    return loop.Worker(
+        config, model, optimizer, loader, header.end_token, spec.precision == "bf16", rank, world_size, chosen[0]
+    )
 
 
 class _Reporter:
@@ -356,7 +400,9 @@ class _Reporter:
             self._events.add("checkpoint", step=record.step)
         if save or time.monotonic() - self._flushed_s >= _FLUSH_S:
             tokens, wall_s = (sum(column) for column in zip(*self._since, strict=True))
-            self._board.tell.remote({"event": "step", "step": record.step, "loss": record.loss, "tokens_per_s": tokens / wall_s})
+            self._board.tell.remote(
+                {"event": "step", "step": record.step, "loss": record.loss, "tokens_per_s": tokens / wall_s}
+            )
             self._events.flush()
             self._since, self._flushed_s = [], time.monotonic()
 
@@ -364,5 +410,11 @@ class _Reporter:
         worker, spec = self._worker, self._spec
         weights = {name: p.detach().cpu().contiguous() for name, p in worker.model.named_parameters()}
         optimizer = {name: t.detach().cpu().contiguous() for name, t in worker.optimizer.tensors().items()}
-        state = {"vocab_size": worker.model.vocab_size, "end_token": worker.end_token, "epochs": worker.loader.epochs(spec.config.steps)}
-        Checkpoints(spec.workspace, spec.run_id).save(worker.step, weights, optimizer, state, spec.config.checkpoints_kept)
+        state = {
+            "vocab_size": worker.model.vocab_size,
+            "end_token": worker.end_token,
+            "epochs": worker.loader.epochs(spec.config.steps),
+        }
+        Checkpoints(spec.workspace, spec.run_id).save(
+            worker.step, weights, optimizer, state, spec.config.checkpoints_kept
+        )

@@ -1,7 +1,7 @@
 """Who computes which slots, and how their gradients become one sum.
 
-A step is a fixed number of slots, whatever the number of workers; a worker owns a contiguous run of them. Gradients live
-in one flat fp32 buffer, so that the sum over workers is one collective call.
+A step is a fixed number of slots, whatever the number of workers; a worker owns a contiguous run of them. Gradients
+live in one flat fp32 buffer, so that the sum over workers is one collective call.
 
 This is fast mode: the communication library chooses the order of the sum, so bits may depend on the number of workers.
 The aligned binary tree of exact mode belongs here too.

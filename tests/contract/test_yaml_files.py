@@ -1,0 +1,66 @@
+"""Every YAML file of the repository is accepted by the program that reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from forge_ray import settings
+
+ROOT = Path(__file__).parents[2]
+JOBS = sorted((ROOT / "jobs").glob("**/*.y*ml"))
+CLUSTERS = sorted((ROOT / "cluster").glob("*.y*ml"))
+SERVING = sorted((ROOT / "serving").glob("**/*.y*ml"))
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_there_is_a_job_to_start_with() -> None:
+    assert ROOT / "jobs" / "demo.yaml" in JOBS
+
+
+@pytest.mark.parametrize("path", JOBS, ids=_name)
+def test_a_job_resolves_and_names_its_documents(path: Path) -> None:
+    resolved = settings.resolve([path], (), {})
+    assert resolved.config.ingest.sources
+    assert {origin for _, _, origin in resolved.rows()} == {"default", str(path)}
+
+
+def _launcher_accepts(cluster: dict[str, Any]) -> None:
+    """What `ray up` does before it calls a cloud: fills defaults, then validates against ray-schema.json."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(cluster))
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=_name)
+def test_a_cluster_is_accepted_by_rays_launcher(path: Path) -> None:
+    _launcher_accepts(yaml.safe_load(path.read_text()))
+
+
+def test_the_launchers_check_would_notice_a_mistyped_field() -> None:
+    import jsonschema
+
+    good = {
+        "cluster_name": "c",
+        "max_workers": 1,
+        "auth": {"ssh_user": "u"},
+        "provider": {"type": "aws", "region": "us-east-1"},
+        "head_node_type": "head",
+        "available_node_types": {"head": {"resources": {}, "node_config": {}}},
+    }
+    _launcher_accepts(good)
+    with pytest.raises(jsonschema.ValidationError, match="max_wrkers"):
+        _launcher_accepts({**good, "max_wrkers": 1})
+
+
+@pytest.mark.parametrize("path", SERVING, ids=_name)
+def test_a_serving_file_is_accepted_by_ray_serve(path: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    assert ServeDeploySchema.parse_obj(yaml.safe_load(path.read_text())).applications

@@ -1,0 +1,231 @@
+"""Verbs, words, exit codes, and what goes to stdout and to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge_ray import cli
+from forge_ray.artifact import Manifest, Workspace
+from forge_ray.errors import ConfigError, ForgeError
+
+
+@pytest.fixture
+def job(tmp_path: Path, write_yaml: Callable[..., Path]) -> Path:
+    """A job over one small folder of documents, in a workspace that does not exist yet."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "one.txt").write_text("A document. " * 20)
+    sources = f"[{{kind: files, uri: {tmp_path}/docs}}]"
+    return write_yaml(f"workspace: {tmp_path}/workspace\ningest: {{sources: {sources}}}\n")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(str(tmp_path / "workspace"))
+
+
+@pytest.fixture
+def forge(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `forge` with these words; gives exit code, stdout and stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        code = cli.main([str(word) for word in words])
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+Forge = Callable[..., tuple[int, str, str]]
+
+
+# -------------------------------------------------------------------------------------------------------------- words
+
+
+def test_a_command_line_is_verb_places_flags_and_switches_anywhere() -> None:
+    words = cli.parse(["run", "a.yaml", "--json", "b.yaml", "--pretrain.steps", "5", "--dry-run"])
+    assert (words.verb, words.places, words.flags) == ("run", ("a.yaml", "b.yaml"), ("--pretrain.steps", "5"))
+    assert words.switches == {"--json", "--dry-run"}
+
+
+def test_the_verb_comes_first() -> None:
+    with pytest.raises(ConfigError, match="verb comes first"):
+        cli.parse(["--pretrain.steps", "5", "run"])
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["run", "--help"], ["--json"]])
+def test_help_names_every_verb(forge: Forge, words: list[str]) -> None:
+    code, out, err = forge(*words)
+    assert (code, err) == (0, "")
+    assert [verb for verb in cli.VERBS if f"\n  {verb} " not in out] == []
+
+
+def test_an_unknown_verb_is_refused_with_the_nearest(forge: Forge) -> None:
+    code, out, err = forge("pretrian")
+    assert (code, out) == (2, "")
+    assert "did you mean `forge pretrain`?" in err
+
+
+# --------------------------------------------------------------------------------------------------------- exit codes
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "error"),
+    [
+        (("serv",), 2, "ConfigError"),
+        (("run", "no-such.yaml"), 2, "ConfigError"),
+        (("run", "--dry-run"), 2, "ConfigError"),
+        (("serve",), 2, "ConfigError"),
+        (("show", "--workspace=nosuchscheme://x"), 3, "StorageError"),
+        (("show", "nothing-of-that-name"), 4, "NotFoundError"),
+        (("serve", "nothing-of-that-name"), 4, "NotFoundError"),
+    ],
+)
+def test_a_refusal_has_its_exit_code_and_one_json_object_on_stdout(
+    forge: Forge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: tuple[str, ...], code: int, error: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, out, err = forge(*words, "--json")
+    row = json.loads(out)
+    assert (found, row["exit_code"], row["error"]) == (code, code, error)
+    assert err.startswith(f"error: {row['what']}")
+    assert forge(*words)[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "told"),
+    [
+        (KeyError("a bug"), 1, "a defect in forge-ray"),
+        (KeyboardInterrupt(), 130, "goes on from what is published"),
+        (ForgeError("unforeseen", do="call"), 1, "do: call"),
+        (BrokenPipeError(), 0, ""),
+    ],
+)
+def test_whatever_escapes_a_verb_becomes_an_exit_code(
+    forge: Forge, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, told: str
+) -> None:
+    def verb(words: cli.Words) -> int:
+        raise raised
+
+    monkeypatch.setitem(cli.VERBS, "config", verb)
+    found, out, err = forge("config")
+    assert (found, out) == (code, "")
+    assert told in err
+    assert ("Traceback" in err) == isinstance(raised, KeyError)
+
+
+# ------------------------------------------------------------------------------------------------------------ dry run
+
+
+def _refs(forge: Forge, *words: object) -> list[str]:
+    code, out, _ = forge(*words, "--dry-run", "--json")
+    assert code == 0
+    return [row["ref"] for row in json.loads(out)["stages"]]
+
+
+def test_a_dry_run_shows_values_origins_and_stages_and_writes_nothing(forge: Forge, job: Path, tmp_path: Path) -> None:
+    code, out, err = forge("run", job, "--pretrain.steps=7", "--dry-run")
+    assert (code, err) == (0, "")
+    rows = {line.split()[0]: line for line in out.splitlines() if line}
+    assert rows["pretrain.steps"].split()[1:] == ["7", "[--pretrain.steps]"]
+    assert rows["ingest.sources.0.uri"].endswith(f'"{tmp_path}/docs"  [{job}]')
+    stages = [line.split()[1].partition("/")[0] for line in out.splitlines() if line.startswith("run ")]
+    assert stages == list(cli.STAGE_VERBS)
+    assert not (tmp_path / "workspace").exists()
+
+
+def test_the_json_of_a_dry_run_holds_the_same(forge: Forge, job: Path) -> None:
+    _, out, _ = forge("tokenizer", job, "--dry-run", "--json", "--pretrain.steps", "7")
+    told = json.loads(out)
+    rows = {row["name"]: (row["value"], row["origin"]) for row in told["config"]}
+    assert rows["pretrain.steps"] == (7, "--pretrain.steps")
+    assert rows["pretrain.slots"] == (16, "default")
+    assert [row["ref"].partition("/")[0] for row in told["stages"]] == ["ingest", "tokenizer"]
+    assert {row["published"] for row in told["stages"]} == {False}
+
+
+def test_a_change_renames_the_stages_from_there_on_and_an_operational_one_renames_none(forge: Forge, job: Path) -> None:
+    base = _refs(forge, "run", job)
+    longer = _refs(forge, "run", job, "--pretrain.steps=7")
+    assert [a == b for a, b in zip(base, longer, strict=True)] == [True, True, True, False, False, False]
+    assert _refs(forge, "run", job, "--pretrain.max_workers=1", "--serve.port=9", "--ray.num_cpus=1") == base
+
+
+def test_a_changed_document_renames_every_stage(forge: Forge, job: Path, tmp_path: Path) -> None:
+    base = _refs(forge, "run", job)
+    (tmp_path / "docs" / "one.txt").write_text("Another document. " * 20)
+    assert not set(base) & set(_refs(forge, "run", job))
+
+
+def test_what_is_published_is_shown_as_skipped(forge: Forge, job: Path, workspace: Workspace) -> None:
+    ingest, tokenizer = _refs(forge, "tokenizer", job)
+    stage, _, name = ingest.partition("/")
+    workspace.publish(Manifest(stage=stage, fingerprint=name, files=()))
+    _, out, _ = forge("tokenizer", job, "--dry-run")
+    assert out.splitlines()[-2:] == [f"skip  {ingest}", f"run   {tokenizer}"]
+
+
+# --------------------------------------------------------------------------------------------------- show, gc, config
+
+
+def test_show_of_an_empty_workspace_says_so(forge: Forge, workspace: Workspace) -> None:
+    flag = f"--workspace={workspace.uri}"
+    assert forge("show", flag) == (0, f"nothing is published in {workspace.uri}\n", "")
+    assert json.loads(forge("show", flag, "--json")[1]) == {"artifacts": []}
+
+
+def test_show_walks_from_an_artifact_to_its_ancestors(forge: Forge, workspace: Workspace) -> None:
+    a, b, c = ("a" * 16, "b" * 16, "c" * 16)
+    entry = workspace.put_bytes("part", b"1234")
+    workspace.publish(Manifest(stage="ingest", fingerprint=a, files=(entry,), metrics={"documents": 3}))
+    workspace.publish(Manifest(stage="tokenizer", fingerprint=b, files=(), inputs={"ingest": a}))
+    workspace.publish(Manifest(stage="tokenize", fingerprint=c, files=(entry,), inputs={"ingest": a, "tokenizer": b}))
+    flag = f"--workspace={workspace.uri}"
+    rows: list[dict[str, Any]] = json.loads(forge("show", "tokenize", flag, "--json")[1])["lineage"]
+    assert [row["ref"] for row in rows] == [f"tokenize/{c}", f"tokenizer/{b}", f"ingest/{a}"]
+    assert (rows[0]["bytes"], rows[2]["metrics"]) == (4, {"documents": 3})
+    code, out, _ = forge("show", "cccc", flag)
+    assert code == 0
+    assert f"from tokenizer/{b}" in out
+    assert "documents: 3" in out
+    assert set(forge("show", flag)[1].split()) == {row["ref"] for row in rows}
+
+
+def test_gc_deletes_what_its_dry_run_lists_and_nothing_else(forge: Forge, workspace: Workspace) -> None:
+    kept, unused = workspace.put_bytes("kept", b"kept"), workspace.put_bytes("unused", b"of nobody")
+    workspace.publish(Manifest(stage="ingest", fingerprint="a" * 16, files=(kept,)))
+    for name in workspace.storage.list("blobs"):
+        os.utime(workspace.storage.local_path(name), (1, 1))
+    before, flag = workspace.storage.list(""), f"--workspace={workspace.uri}"
+    code, out, _ = forge("gc", flag, "--dry-run")
+    assert code == 0
+    assert "would delete 1 files, 9 B" in out
+    assert workspace.storage.list("") == before
+    told = json.loads(forge("gc", flag, "--json")[1])
+    assert told == {"deleted": True, "bytes": 9, "names": [f"blobs/{unused.sha256[:2]}/{unused.sha256}"]}
+    assert set(before) - set(workspace.storage.list("")) == set(told["names"])
+
+
+def test_config_lists_every_field_with_its_meaning(forge: Forge) -> None:
+    rows = {row["name"]: row for row in json.loads(forge("config", "--json")[1])}
+    assert rows["pretrain.precision"]["type"] == "auto | bf16 | fp32"
+    assert rows["pretrain.steps"]["default"] == "1000"
+    text = forge("config")[1]
+    assert [name for name, row in rows.items() if name not in text or row["text"] not in text] == []
+
+
+def test_what_a_verb_prints_by_itself_does_not_spoil_the_json(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noisy(words: cli.Words) -> int:
+        print("a library says hello")
+        cli._print_result(words, {"a": 1}, "text")
+        return 0
+
+    monkeypatch.setitem(cli.VERBS, "config", noisy)
+    code, out, err = forge("config", "--json")
+    assert (code, json.loads(out)) == (0, {"a": 1})
+    assert "hello" in err

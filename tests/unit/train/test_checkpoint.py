@@ -1,0 +1,120 @@
+"""Checkpoints: the newest that verifies wins, and what anyone else uses is never deleted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from forge_ray.artifact import Artifact, Manifest, Workspace
+from forge_ray.train.checkpoint import OPTIMIZER, STATE, WEIGHTS, Checkpoints, load_tensors
+
+
+def save(checkpoints: Checkpoints, step: int, keep: int = 3, value: float | None = None) -> Artifact:
+    w = torch.full((4, 3), float(step if value is None else value))
+    return checkpoints.save(step, {"w": w}, {"w/exp_avg": w / 10, "w/step": torch.tensor(1.0)}, {"end_token": 5}, keep)
+
+
+def blob(artifact: Artifact, name: str) -> Path:
+    return Path(artifact.workspace.uri) / "blobs" / artifact.entry(name).sha256[:2] / artifact.entry(name).sha256
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def checkpoints(workspace: Workspace) -> Checkpoints:
+    return Checkpoints(workspace, "run")
+
+
+def test_what_is_saved_comes_back(checkpoints: Checkpoints) -> None:
+    assert checkpoints.newest() is None
+    save(checkpoints, 3)
+    found = Checkpoints(Workspace(checkpoints.workspace.uri), "run").newest()
+    assert torch.equal(load_tensors(found, WEIGHTS)["w"], torch.full((4, 3), 3.0))
+    assert set(load_tensors(found, OPTIMIZER)) == {"w/exp_avg", "w/step"}
+    assert found.read_json(STATE) == {"end_token": 5, "step": 3}
+
+
+def test_the_newest_is_the_one_of_the_most_steps(checkpoints: Checkpoints) -> None:
+    for step in (9, 100, 20):
+        save(checkpoints, step)
+    assert checkpoints.steps() == [9, 20, 100]
+    assert checkpoints.newest().read_json(STATE)["step"] == 100
+    assert Checkpoints(checkpoints.workspace, "another").newest() is None
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, STATE])
+@pytest.mark.parametrize("harm", ["flipped", "truncated", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_aloud(
+    checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str], name: str, harm: str
+) -> None:
+    save(checkpoints, 1)
+    path = blob(save(checkpoints, 2), name)
+    data = path.read_bytes()
+    path.unlink() if harm == "gone" else overwrite(path, data[:-1] + bytes([data[-1] ^ 1]) * (harm == "flipped"))
+    fresh = Checkpoints(Workspace(checkpoints.workspace.uri), "run")
+    assert fresh.newest().read_json(STATE)["step"] == 1
+    said = capsys.readouterr().err
+    assert "checkpoint 2 is passed over" in said
+    assert name in said
+
+
+def manifest_path(checkpoints: Checkpoints, step: int) -> Path:
+    return Path(checkpoints.workspace.uri) / "runs" / checkpoints.run_id / "checkpoints" / f"{step:08d}.json"
+
+
+@pytest.mark.parametrize("what", ["manifest", "blob"])
+def test_a_damaged_checkpoint_is_replaced_when_its_step_is_reached_again(checkpoints: Checkpoints, what: str) -> None:
+    save(checkpoints, 1)
+    lost = blob(save(checkpoints, 2), WEIGHTS)
+    overwrite(manifest_path(checkpoints, 2), b"{}") if what == "manifest" else lost.unlink()
+    assert checkpoints.newest().read_json(STATE)["step"] == 1
+    save(checkpoints, 2, value=2.5)  # other bits: another number of workers may sum in another order
+    assert torch.equal(load_tensors(checkpoints.newest(), WEIGHTS)["w"], torch.full((4, 3), 2.5))
+
+
+def test_old_checkpoints_go_and_the_newest_stay_whole(checkpoints: Checkpoints) -> None:
+    saved = [save(checkpoints, step, keep=2) for step in (1, 2, 3, 4)]
+    assert checkpoints.steps() == [3, 4]
+    assert not any(blob(old, name).exists() for old in saved[:2] for name in old.names())
+    for step in (3, 4):
+        found = checkpoints.get(step)
+        assert all(found.local_path(name).exists() for name in found.names())
+
+
+def test_release_keeps_blobs_that_the_kept_share_with_the_old(checkpoints: Checkpoints) -> None:
+    for step in (1, 2, 3):
+        save(checkpoints, step, keep=1, value=7.0)  # the same weights in each
+    assert checkpoints.steps() == [3]
+    assert torch.equal(load_tensors(checkpoints.newest(), WEIGHTS)["w"], torch.full((4, 3), 7.0))
+
+
+def test_release_keeps_blobs_of_a_published_model(checkpoints: Checkpoints) -> None:
+    first = save(checkpoints, 1)
+    manifest = Manifest(stage="pretrain", fingerprint="0" * 16, files=(first.entry(WEIGHTS),))
+    published = checkpoints.workspace.publish(manifest)
+    save(checkpoints, 2, keep=1)
+    assert not blob(first, OPTIMIZER).exists()
+    assert torch.equal(load_tensors(published, WEIGHTS)["w"], torch.full((4, 3), 1.0))
+
+
+def test_release_keeps_blobs_of_another_run(checkpoints: Checkpoints) -> None:
+    other = Checkpoints(checkpoints.workspace, "other")
+    save(other, 1, value=8.0)
+    save(checkpoints, 1, value=9.0)  # the state file is the same, byte for byte
+    save(checkpoints, 2, keep=1)
+    assert other.newest().read_json(STATE)["step"] == 1
+
+
+def test_release_that_cannot_know_what_is_used_deletes_nothing(checkpoints: Checkpoints) -> None:
+    other = Checkpoints(checkpoints.workspace, "other")
+    save(other, 1)
+    overwrite(manifest_path(other, 1), b"{}")
+    old = save(checkpoints, 1)
+    save(checkpoints, 2, keep=1)
+    assert all(blob(old, name).exists() for name in old.names())
+    assert checkpoints.steps() == [1, 2]
