@@ -24,7 +24,7 @@ KEY := $(shell { pwd -P; cat requirements.lock requirements-cuda.lock 2>&1; } | 
 READY := .venv/.ready-$(KEY)$(shell test -x .venv/bin/python || echo -gone)
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
 venv: .venv/.project ## build .venv from the locks, if it is not there (1 to 2 minutes)
 

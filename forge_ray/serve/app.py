@@ -83,34 +83,33 @@ class Endpoint:
             serve.shutdown()
 
 
+@dataclass(frozen=True)
+class Served:
+    """What is to be served, and with what.
+
+    `model_dir` is a folder as `save_pretrained` writes it, at the same path on every node that may hold a replica;
+    `max_model_len` counts prompt and answer together; `kv_cache_bytes` is each replica's, written once at start (1 GiB
+    costs 3 s); ingress and proxy reserve no CPU, so `cpus_per_replica` x `num_replicas` free CPUs are enough;
+    `dtype` is "auto", "bfloat16" or "float32" ("auto" computes fp32 weights in bf16).
+    """
+
+    model_dir: Path
+    model_name: str
+    num_replicas: int
+    max_model_len: int
+    kv_cache_bytes: int
+    cpus_per_replica: float
+    dtype: str
+
+
 def deploy(
-    model_dir: Path,
-    *,
-    model_name: str,
-    host: str,
-    port: int,
-    num_replicas: int,
-    max_model_len: int,
-    kv_cache_bytes: int,
-    cpus_per_replica: float,
-    dtype: str,
-    engine_kwargs: dict[str, object],
-    ready_timeout_s: float,
-    on_state: Callable[[str], None],
+    served: Served, *, host: str, port: int, ready_timeout_s: float, on_state: Callable[[str], None]
 ) -> Endpoint:
-    """Serves `model_dir` on `host:port` and returns once it has listed the model to a real HTTP client.
+    """Serves a folder on `host:port` and returns once it has listed the model to a real HTTP client.
 
     Args:
-        model_dir: A folder as `save_pretrained` writes it, at the same path on every node that may hold a replica.
-        model_name: What clients put into `"model"`.
         host: Address the proxy binds; 127.0.0.1 keeps it on this machine.
         port: Refused when something listens there.
-        num_replicas: Copies of the model.
-        max_model_len: Prompt and answer together, in tokens.
-        kv_cache_bytes: Size of each replica's key-value cache. It is written once at start (1 GiB costs 3 s).
-        cpus_per_replica: What Ray reserves for a replica; ingress and proxy reserve nothing, so one free CPU is enough.
-        dtype: "auto", "bfloat16" or "float32".
-        engine_kwargs: More of vLLM's engine arguments; they win over ours.
         ready_timeout_s: Longest wait, from the call on.
         on_state: Told in a few words what is happening, each time it changes.
 
@@ -122,28 +121,54 @@ def deploy(
         2 cores the first answer came after 36 s, with another actor holding one CPU, and 64 s at a load of 5 to 8
         (1.4 M parameters, 2026-11).
     """
+    from ray import serve
+
     deadline = time.monotonic() + ready_timeout_s
-    model_dir = model_dir.resolve()
-    _check_folder(model_dir)
+    check_folder(served.model_dir)
     _check_direct_streaming_is_off()
     _check_port(host, port)
     _check_no_other_serve()
-    threads = str(max(1, int(cpus_per_replica)))
-    environment = REPLICA_ENVIRONMENT | {"OMP_NUM_THREADS": threads}
-    sizes = {"max_model_len": max_model_len, "kv_cache_memory_bytes": kv_cache_bytes, "dtype": dtype}
-    engine = ENGINE_DEFAULTS | sizes | engine_kwargs
-    endpoint = Endpoint(url=f"http://{_for_url(host)}:{port}", model_name=model_name)
+    endpoint = Endpoint(url=f"http://{_for_url(host)}:{port}", model_name=served.model_name)
     try:
         on_state("starting Serve")
         _start_serve(host, port)
-        settings = {"model_name": model_name, "model_dir": str(model_dir), "engine_kwargs": engine}
-        _submit(settings, num_replicas, cpus_per_replica, environment)
+        target = serve.RunTarget(target=application(served), name=APP_NAME, route_prefix="/", logging_config=QUIET_LOGS)
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         _wait_until_ready(endpoint, deadline, ready_timeout_s, on_state)
     except BaseException:
         with contextlib.suppress(Exception):
             endpoint.stop()
         raise
     return endpoint
+
+
+def application(served: Served) -> Any:
+    """The Serve application of a folder, not yet running: what `serve deploy` and `deploy` run."""
+    from ray import serve
+
+    from forge_ray.serve.replica import Ingress, Model
+
+    engine = ENGINE_DEFAULTS | {
+        "max_model_len": served.max_model_len,
+        "kv_cache_memory_bytes": served.kv_cache_bytes,
+        "dtype": served.dtype,
+    }
+    settings = {"model_name": served.model_name, "model_dir": str(served.model_dir), "engine_kwargs": engine}
+    environment = REPLICA_ENVIRONMENT | {"OMP_NUM_THREADS": str(max(1, int(served.cpus_per_replica)))}
+    # Ray Serve LLM's own builder asks for 2 CPUs a replica and 1 for the ingress: on 2 CPUs it waits for ever. Here
+    # only the placement group reserves. One constructor try: a second fails alike, an engine start later.
+    # Serve's graceful stop waits 2 s per round by default.
+    common: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": environment}},
+        "max_ongoing_requests": 1000,
+        "max_constructor_retry_count": 1,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": 5,
+    }
+    bundles = [{"CPU": served.cpus_per_replica}]
+    model = serve.deployment(Model, num_replicas=served.num_replicas, placement_group_bundles=bundles, **common)
+    ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", num_replicas=1, **common)
+    return ingress.bind(served.model_name, model.bind(settings), settings)
 
 
 def _start_serve(host: str, port: int) -> None:
@@ -157,31 +182,6 @@ def _start_serve(host: str, port: int) -> None:
             got=f"{type(error).__name__}: {error}",
             do="look at the controller's log in Ray's session folder",
         ) from error
-
-
-def _submit(settings: dict[str, Any], num_replicas: int, cpus: float, environment: dict[str, str]) -> None:
-    """Hands the application to Serve; returns before replicas start."""
-    from ray import serve
-
-    from forge_ray.serve.replica import Ingress, Model
-
-    # Ray Serve LLM's own builder asks for 2 CPUs a replica and 1 for the ingress: on 2 CPUs it waits for ever. Here
-    # only the placement group reserves. One constructor try: a second fails alike, an engine start later.
-    # Serve's graceful stop waits 2 s per round by default.
-    runtime_env = {"env_vars": environment}
-    common: dict[str, Any] = {
-        "ray_actor_options": {"num_cpus": 0, "runtime_env": runtime_env},
-        "max_ongoing_requests": 1000,
-        "max_constructor_retry_count": 1,
-        "graceful_shutdown_wait_loop_s": 0.2,
-        "graceful_shutdown_timeout_s": 5,
-    }
-    reserved = [{"CPU": cpus}]
-    model = serve.deployment(Model, num_replicas=num_replicas, placement_group_bundles=reserved, **common)
-    ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", num_replicas=1, **common)
-    app = ingress.bind(settings["model_name"], model.bind(settings), settings)
-    target = serve.RunTarget(target=app, name=APP_NAME, route_prefix="/", logging_config=QUIET_LOGS)
-    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
 def _wait_until_ready(endpoint: Endpoint, deadline: float, timeout_s: float, on_state: Callable[[str], None]) -> None:
@@ -250,7 +250,12 @@ def _http(url: str, body: dict[str, object] | None = None, timeout_s: float = 60
         return json.load(response)
 
 
-def _check_folder(model_dir: Path) -> None:
+def check_folder(model_dir: Path) -> None:
+    """Refuses a folder that is no exported model.
+
+    Raises:
+        ServeError: Naming what is missing.
+    """
     missing = [names for names in NEEDED_FILES if not any((model_dir / name).is_file() for name in names.split("|"))]
     if missing:
         raise ServeError(

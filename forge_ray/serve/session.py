@@ -13,11 +13,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from forge_ray.artifact import Artifact
+from forge_ray.artifact import Artifact, Workspace
 from forge_ray.config import ServeConfig
 from forge_ray.errors import ServeError
-from forge_ray.serve.app import Endpoint, deploy
+from forge_ray.serve.app import Endpoint, Served, application, deploy
+from forge_ray.settings import resolve
 from forge_ray.telemetry import format_s, say
 
 
@@ -32,26 +34,11 @@ def session(config: ServeConfig, exported: Artifact) -> Iterator[Endpoint]:
         ServeError: The address is not loopback, the port is busy, or the engine does not start.
     """
     check_address(config.host)
-    if exported.manifest.stage != "export":
-        raise ServeError(
-            "only an exported model can be served",
-            got=exported.ref,
-            wanted="export/...",
-            do="give the ref of an export",
-        )
     began = time.monotonic()
-    folder = exported.materialize(_cache() / _safe(exported))
     endpoint = deploy(
-        folder,
-        model_name=exported.metrics["model_name"],
+        _served(config, exported),
         host=config.host,
         port=config.port,
-        num_replicas=config.num_replicas,
-        max_model_len=config.max_model_len or exported.metrics["max_model_len"],
-        kv_cache_bytes=config.kv_cache_bytes,
-        cpus_per_replica=config.cpus_per_replica,
-        dtype=config.dtype,
-        engine_kwargs={},
         ready_timeout_s=config.ready_timeout_s,
         on_state=lambda state: say(f"  {state}"),
     )
@@ -61,6 +48,29 @@ def session(config: ServeConfig, exported: Artifact) -> Iterator[Endpoint]:
         yield endpoint
     finally:
         endpoint.stop()
+
+
+def build(args: dict[str, str]) -> Any:
+    """The application of `serving/*.yaml`, for `serve deploy`: Ray calls this on the cluster.
+
+    Args:
+        args: `workspace` (a URI, or a path that every node sees) and `ref` of an export; any field of the section
+            `serve` may stand beside them. Address and port are Serve's own, in the same file.
+
+    Raises:
+        ForgeError: The reference, a file of the model or a field is wrong.
+    """
+    settings = dict(args)
+    workspace, ref = settings.pop("workspace", ""), settings.pop("ref", "")
+    if not workspace or not ref:
+        raise ServeError(
+            "the application lacks what to serve",
+            got=f"args {args}",
+            wanted="workspace and ref",
+            do="see serving/serve.yaml",
+        )
+    config = resolve([], [f"--serve.{name}={value}" for name, value in settings.items()], {}).config.serve
+    return application(_served(config, Workspace(workspace).resolve(ref)))
 
 
 def wait_for_interrupt() -> None:
@@ -94,6 +104,25 @@ def check_address(host: str) -> None:
             wanted="127.0.0.1, ::1 or localhost",
             do="keep it on loopback and reach it through an SSH tunnel",
         )
+
+
+def _served(config: ServeConfig, exported: Artifact) -> Served:
+    if exported.manifest.stage != "export":
+        raise ServeError(
+            "only an exported model can be served",
+            got=exported.ref,
+            wanted="export/...",
+            do="give the ref of an export",
+        )
+    return Served(
+        model_dir=exported.materialize(_cache() / _safe(exported)),
+        model_name=exported.metrics["model_name"],
+        num_replicas=config.num_replicas,
+        max_model_len=config.max_model_len or exported.metrics["max_model_len"],
+        kv_cache_bytes=config.kv_cache_bytes,
+        cpus_per_replica=config.cpus_per_replica,
+        dtype=config.dtype,
+    )
 
 
 def _cache() -> Path:

@@ -33,7 +33,7 @@ CURVE = "curve.json"
 _FLUSH_S = 2.0
 _POLL_S = 0.5
 _PATIENCE_S = 30.0
-_STARTS_WITHOUT_PROGRESS = 4
+_STARTS_WITHOUT_PROGRESS = 10
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,9 @@ def _train(spec: RunSpec) -> None:
             trainer.fit()
         except ForgeError:
             raise
+        except SystemExit:
+            # Ray Train catches Ctrl-C, aborts the run in good order and then ends the process by itself.
+            raise KeyboardInterrupt from None
         except Exception as error:
             if watch.error() is None:
                 raise TrainError(
