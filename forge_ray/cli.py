@@ -150,7 +150,9 @@ def _run(words: Words) -> int:
         outcomes = pipeline.run(config, "export", stack)
         stack.enter_context(_cluster(config))
         endpoint = stack.enter_context(session(config.serve, outcomes["export"].artifact))
-        answer = endpoint.complete(config.serve.prompt, max_tokens=config.serve.max_tokens, temperature=0.0)
+        answer = endpoint.complete(
+            config.serve.prompt, max_tokens=config.serve.max_tokens, temperature=config.serve.temperature
+        )
     text = summary.as_text(outcomes, " ".join(words.places), _workspace_uri(resolved), (config.serve.prompt, answer))
     _print_result(words, summary.as_json(outcomes, prompt=config.serve.prompt, answer=answer), text)
     return 0

@@ -283,6 +283,8 @@ class ServeConfig(Section):
     """What `forge run` asks the endpoint once it is up."""
     max_tokens: Positive = 64
     """Length of the answer to `prompt`."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """Sampling temperature of that answer; 0 for the likeliest words. The seed is fixed."""
     ready_timeout_s: Annotated[float, Field(gt=0.0)] = 600.0
     """Seconds after which a start that has not succeeded is an error."""
 

@@ -114,6 +114,7 @@ STAGES: tuple[Stage, ...] = (
         ("ingest", "tokenizer", "tokenize", "pretrain"),
         config=lambda c: c.evaluate.fingerprinted(),
         call=lambda m, c, i, w, p: m.run(c.evaluate, c.model, c.pretrain.seq_len, i, w),
+        observe=lambda m, c: m.observe(c.evaluate),
     ),
     Stage(
         "export",

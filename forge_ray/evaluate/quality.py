@@ -16,6 +16,7 @@ from forge_ray.config import EvaluateConfig, ModelConfig
 from forge_ray.data import tokenizer as vocabulary
 from forge_ray.data.shards import Shard
 from forge_ray.evaluate import baselines
+from forge_ray.evaluate.baselines import windows
 from forge_ray.runtime import map_rows
 from forge_ray.telemetry import say
 from forge_ray.train.pretrain import load_model
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 OURS = "model"
 _BATCH = 16
+
+
+def observe(config: EvaluateConfig) -> dict[str, Any]:
+    """Which optional comparators are here, so that one that is installed later gets its row."""
+    missing = baselines.smollm2_missing() if "smollm2" in config.baselines else []
+    return {"missing": missing}
 
 
 def run(
@@ -85,7 +92,7 @@ class _Scorer:
         try:
             bits = getattr(self, f"_{name}")(texts)
         except baselines.NotInstalledError as error:
-            note = str(error)
+            note = error.what
         return [
             {
                 "job": name,
@@ -151,20 +158,6 @@ def _batched(documents: list[list[int]]) -> Iterator[list[list[int]]]:
     ordered = sorted(documents, key=len, reverse=True)
     for start in range(0, len(ordered), _BATCH):
         yield ordered[start : start + _BATCH]
-
-
-def windows(length: int, context: int) -> list[tuple[int, int, int]]:
-    """Windows over `length` tokens, as (start, end, first scored): each token but the first is scored once.
-
-    Windows overlap by half, so that a token sees at least half the context wherever the document is that long.
-    """
-    out, scored = [], 1
-    while scored < length:
-        start = max(0, scored - context // 2) if scored > 1 else 0
-        end = min(length, start + context + 1)
-        out.append((start, end, scored))
-        scored = end
-    return out
 
 
 def nats(model: Transformer, documents: list[list[int]], context: int) -> float:

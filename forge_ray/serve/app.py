@@ -8,7 +8,9 @@ without those nothing but loopback should be given as `host`.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import logging
 import os
 import socket
 import time
@@ -61,7 +63,13 @@ class Endpoint:
         Raises:
             ServeError: The server refused the request or did not answer.
         """
-        body = {"model": self.model_name, "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature}
+        body = {
+            "model": self.model_name,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": 0,
+        }
         try:
             return str(_http(f"{self.url}/v1/completions", body)["choices"][0]["text"])
         except urllib.error.HTTPError as error:
@@ -80,7 +88,9 @@ class Endpoint:
         from ray import serve
 
         if ray.is_initialized():
-            serve.shutdown()
+            # Serve kills its controller while a task of it runs, and Ray prints that as an error: nothing to mend.
+            with contextlib.redirect_stdout(io.StringIO()):
+                serve.shutdown()
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,7 @@ def deploy(
     from ray import serve
 
     deadline = time.monotonic() + ready_timeout_s
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     check_folder(served.model_dir)
     _check_direct_streaming_is_off()
     _check_port(host, port)
