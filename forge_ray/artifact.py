@@ -4,6 +4,7 @@
 <workspace>/blobs/<2 hex>/<sha256>                bytes, published whole
            /artifacts/<stage>/<fingerprint>.json  the manifest, written last, only if absent
            /runs/<run id>/checkpoints/<step>.json a manifest too: what is still growing
+           /runs/<run id>/active                  there while the stage of that fingerprint runs; see `garbage`
            /refs/<name>                           a small movable name: the text "<stage>/<fingerprint>"
 ```
 
@@ -20,18 +21,20 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from forge_ray.errors import ArtifactError, CorruptError, NotFoundError
+from forge_ray.errors import ArtifactError, CorruptError, ForgeError, NotFoundError
 from forge_ray.storage import Storage, translated
 
 FORMAT_VERSION = 1
-_READ_BYTES = 4 << 20
+ACTIVE_S = 7 * 24 * 3600.0
 
 
 def digest_bytes(data: bytes) -> str:
@@ -100,14 +103,22 @@ class Manifest:
         """Reads and verifies a manifest.
 
         Raises:
-            CorruptError: It is no JSON, or its digest does not match.
+            ArtifactError: A newer forge-ray has written it.
+            CorruptError: It is no JSON, its digest does not match, or a row of its files is none that we write.
         """
         try:
             body = json.loads(data)
+            if int(body["format_version"]) > FORMAT_VERSION:
+                raise ArtifactError(
+                    "a manifest was written by a newer forge-ray",
+                    got=f"{where}: format {body['format_version']}",
+                    wanted=f"format {FORMAT_VERSION} or older",
+                    do="upgrade forge-ray on this machine, then run the same command again",
+                )
             stated = body.pop("sha256")
             if digest_bytes(_canonical(body)) != stated:
                 raise ValueError("its SHA-256 does not match")
-            body["files"] = tuple(FileEntry(**entry) for entry in body["files"])
+            body["files"] = tuple(_checked(FileEntry(**entry)) for entry in body["files"])
             return Manifest(**body)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptError(
@@ -115,6 +126,20 @@ class Manifest:
                 got=f"{where}: {error}",
                 do=f"delete {where} and run the stage again; its blobs are reused where they verify",
             ) from None
+
+
+def _checked(entry: FileEntry) -> FileEntry:
+    """The row, if its name stays inside a folder and its digest is one: a manifest may come from someone else.
+
+    Raises:
+        ValueError: It does not.
+    """
+    path = PurePosixPath(entry.name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or str(path) != entry.name or "\0" in entry.name:
+        raise ValueError(f"{entry.name!r} is no name of a file inside a folder")
+    if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+        raise ValueError(f"{entry.sha256!r} is no SHA-256")
+    return entry
 
 
 def _canonical(body: Mapping[str, Any]) -> bytes:
@@ -245,15 +270,44 @@ class Workspace:
 
     def publish(self, manifest: Manifest) -> Artifact:
         """Writes the manifest, the act that makes an artifact exist; if it exists already, that one is returned."""
-        name = f"artifacts/{manifest.ref}.json"
-        if not self.storage.create(name, manifest.to_json()):
-            return self.get(manifest.ref)
-        self.set_ref(f"latest/{manifest.stage}", manifest.ref)
-        return Artifact(self, manifest)
+        new = self.storage.create(f"artifacts/{manifest.ref}.json", manifest.to_json())
+        artifact = Artifact(self, manifest) if new else self.get(manifest.ref)
+        self.set_latest(artifact)
+        return artifact
+
+    def set_latest(self, artifact: Artifact) -> None:
+        """Makes the stage's name mean this artifact."""
+        self.set_ref(f"latest/{artifact.manifest.stage}", artifact.ref)
 
     def set_ref(self, name: str, ref: str) -> None:
-        """Points a movable name at an artifact."""
+        """Points a movable name at an artifact; writes nothing if it points there already."""
+        with contextlib.suppress(NotFoundError):
+            if self.storage.read_bytes(f"refs/{name}") == ref.encode():
+                return
         self.storage.write(f"refs/{name}", ref.encode())
+
+    @contextlib.contextmanager
+    def active(self, stage: str, run_id: str) -> Iterator[None]:
+        """Marks a stage as running while the block lasts, publishing included, so that `garbage` spares its blobs.
+
+        A process that is killed leaves its marker, which counts for `ACTIVE_S`; whoever finishes that stage removes it.
+        Not covered: of two processes that run the same stage, the end of the first takes the marker from both.
+        """
+        name, finished = f"runs/{run_id}/active", False
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        body = json.dumps({"stage": stage, "host": socket.gethostname(), "created": created}).encode()
+        mine = self.storage.create(name, body)
+        if not mine:
+            with contextlib.suppress(NotFoundError):
+                if time.time() - self.storage.modified_s(name) > ACTIVE_S:
+                    self.storage.write(name, body)
+        try:
+            yield
+            finished = True
+        finally:
+            if finished or mine:
+                with contextlib.suppress(ForgeError):  # the stage's own outcome is what counts
+                    self.storage.delete(name)
 
     # -------------------------------------------------------------------------------------------------- reading
 
@@ -266,10 +320,18 @@ class Workspace:
 
         Raises:
             NotFoundError: It is not published.
-            CorruptError: Its manifest is damaged.
+            CorruptError: Its manifest is damaged, or that of another artifact.
         """
         name = f"artifacts/{ref}.json"
-        return Artifact(self, Manifest.from_json(self.storage.read_bytes(name), self.storage._at(name)))
+        manifest = Manifest.from_json(self.storage.read_bytes(name), self.storage._at(name))
+        if manifest.ref != ref:
+            raise CorruptError(
+                "a manifest is that of another artifact",
+                got=f"{self.storage._at(name)}: {manifest.ref}",
+                wanted=ref,
+                do=f"delete {self.storage._at(name)} and run the stage again",
+            )
+        return Artifact(self, manifest)
 
     def resolve(self, ref: str) -> Artifact:
         """Finds an artifact by full name, by a unique prefix of its fingerprint, by stage (its latest) or by ref.
@@ -356,28 +418,38 @@ class Workspace:
     def garbage(self, grace_s: float = 3600.0, now: Callable[[], float] = time.time) -> list[tuple[str, int]]:
         """Blobs that no manifest refers to, and leftovers of interrupted writers, as (name, bytes).
 
-        Younger than `grace_s` stays: a running stage writes its blobs before its manifest.
+        A running stage stores its blobs before its manifest. So what is younger than `grace_s` stays, and so does all
+        that is not older than the oldest running stage: the oldest `runs/<run id>/active` of less than `ACTIVE_S`.
+        Not covered: a stage that runs for longer than `ACTIVE_S` has the grace alone.
 
         Raises:
             CorruptError: A manifest cannot be read, so what it refers to is not known; nothing may be deleted then.
         """
+        # Markers before manifests: a stage removes its marker only when its manifest can be seen.
+        runs, latest_s = self.storage.list("runs"), now() - grace_s
+        marked = [self._state(name) for name in runs if name.endswith("/active") and name.count("/") == 2]
+        running = [modified_s for modified_s, _ in filter(None, marked) if now() - modified_s < ACTIVE_S]
         used: set[str] = set()
-        for name in [*self.storage.list("artifacts"), *self.storage.list("runs")]:
-            if name.endswith(".json") and (name.startswith("artifacts/") or "/checkpoints/" in name):
-                manifest = Manifest.from_json(self.storage.read_bytes(name), self.storage._at(name))
-                used |= {entry.sha256 for entry in manifest.files}
-        old = [
-            n
-            for n in self.storage.list("blobs")
-            if n.rpartition("/")[2] not in used and now() - self.storage.modified_s(n) > grace_s
-        ]
-        found = [(name, self.storage.size_bytes(name)) for name in old]
-        for path in self.storage.temporaries():
-            with contextlib.suppress(FileNotFoundError):
-                stat = path.stat()
-                if path.is_file() and now() - stat.st_mtime > grace_s:
-                    found.append((path.relative_to(self.uri).as_posix(), stat.st_size))
+        for name in [*(name for name in runs if "/checkpoints/" in name), *self.storage.list("artifacts")]:
+            if name.endswith(".json"):
+                with contextlib.suppress(NotFoundError):  # an old checkpoint, released in the meantime
+                    manifest = Manifest.from_json(self.storage.read_bytes(name), self.storage._at(name))
+                    used |= {entry.sha256 for entry in manifest.files}
+        temporaries = [path.relative_to(self.uri).as_posix() for path in self.storage.temporaries() if path.is_file()]
+        blobs = [name for name in self.storage.list("blobs") if name.rpartition("/")[2] not in used]
+        found = []
+        for name in [*blobs, *temporaries]:
+            state = self._state(name)
+            if state and state[0] < min([latest_s, *running]):
+                found.append((name, state[1]))
         return found
+
+    def _state(self, name: str) -> tuple[float, int] | None:
+        """When a file was last written and its size; none once it is gone."""
+        try:
+            return self.storage.modified_s(name), self.storage.size_bytes(name)
+        except NotFoundError:
+            return None
 
     def collect(self, garbage: list[tuple[str, int]]) -> None:
         """Deletes what `garbage` listed."""
@@ -404,4 +476,10 @@ def _blob(sha256: str) -> str:
 
 def _rebuild_hint(shown: str) -> str:
     owner = shown.partition(":")[0]
+    checkpoint = re.fullmatch(r"checkpoint/(.+)@(\d+)", owner)
+    if checkpoint:
+        name = f"runs/{checkpoint[1]}/checkpoints/{int(checkpoint[2]):08d}.json"
+        return (
+            f"nothing: the run goes on from an older checkpoint; restore the file, or delete {name}, to end the message"
+        )
     return f"restore the file, or delete artifacts/{owner}.json and run the same command again: it is made anew"

@@ -1,19 +1,22 @@
 """The `forge` command: verbs, words, exit codes. Loads only what the verb needs; `forge --help` loads next to nothing.
 
 Results go to stdout (`--json`: one JSON object), progress and errors to stderr. Exit codes are those of `errors.py`;
-130 after Ctrl-C.
+130 after Ctrl-C, 141 when a closed pipe ended the work.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
+from forge_ray import __version__
 from forge_ray.errors import ConfigError, ForgeError
 
 if TYPE_CHECKING:
@@ -31,19 +34,29 @@ STAGE_VERBS = {
 OTHER_VERBS = {
     "run": "all stages, then serve and ask once",
     "serve": "an OpenAI-compatible endpoint for JOB.yaml or an export's REF, until Ctrl-C",
-    "show": "an artifact and its ancestors",
+    "show": "an artifact and its ancestors, or the names of all artifacts",
     "gc": "delete what no artifact refers to",
     "config": "every field: type, default, meaning",
     "doctor": "check this machine and say what to mend",
 }
-SWITCHES = ("--dry-run", "--json", "--help")
+SWITCHES = ("--dry-run", "--json", "--help", "--version")
+_OF_A_JOB = "[JOB.yaml ...] [--section.field VALUE ...] [--dry-run] [--json]"
+_USAGES = {
+    "serve": "JOB.yaml ... | REF [--section.field VALUE ...] [--dry-run] [--json]",
+    "show": "[JOB.yaml ...] [REF] [--workspace URI] [--json]",
+    "gc": "[JOB.yaml ...] [--workspace URI] [--dry-run] [--json]",
+    "config": "[SECTION ...] [--json]",
+    "doctor": "[JOB.yaml ...] [--section.field VALUE ...] [--json]",
+}
+# What `forge VERB --help` lists; a stage that is not here has one section, of its own name.
+_SECTIONS = {"pretrain": ("model", "pretrain"), "serve": ("serve",), "run": ("serve",)}
 
 
 def usage() -> str:
     """The text of `forge --help`."""
     verbs = {"run": OTHER_VERBS["run"], **STAGE_VERBS, **{k: v for k, v in OTHER_VERBS.items() if k != "run"}}
     rows = "\n".join(f"  {name:<10} {text}" for name, text in verbs.items())
-    return f"""usage: forge VERB [JOB.yaml ...] [--section.field VALUE ...] [--dry-run] [--json]
+    return f"""usage: forge VERB {_OF_A_JOB}
 
 A company's own language model, from its own documents to a private endpoint.
 
@@ -53,8 +66,21 @@ A stage's verb runs what is missing before it too, and skips what is published.
 Values come from defaults, then YAML files from left to right, then FORGE_SECTION__FIELD, then --section.field.
 --dry-run prints the resolved configuration, where each value comes from, and what would run.
 --json prints the result as one JSON object on stdout; progress is on stderr.
+forge VERB --help tells more of a verb; forge --version names this version.
 
 Start with: forge run jobs/demo.yaml"""
+
+
+def verb_usage(verb: str) -> str:
+    """The text of `forge VERB --help`: its line, its usage and the fields that it reads first."""
+    line = {**STAGE_VERBS, **OTHER_VERBS}[verb]
+    parts = [f"usage: forge {verb} {_USAGES.get(verb, _OF_A_JOB)}\n\n{line}"]
+    sections = _SECTIONS.get(verb, (verb,) if verb in STAGE_VERBS else ())
+    if sections:
+        from forge_ray import settings
+
+        parts += [_fields_text(settings.fields(sections)), "`forge config` lists the fields of every section."]
+    return "\n\n".join(parts)
 
 
 @dataclass(frozen=True)
@@ -71,25 +97,39 @@ class Words:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in words
+    try:
+        return _guarded(words)
+    except BrokenPipeError:
+        with suppress(OSError):
+            print("error: a pipe was closed before the work was done", file=sys.stderr)
+        _discard(sys.stdout)
+        _discard(sys.stderr)
+        return 141
+
+
+def _guarded(words: list[str]) -> int:
+    """Runs the verb and turns what it raises into an exit code; a broken pipe is left to `main`."""
     try:
         parsed = parse(words)
+        if "--version" in parsed.switches:
+            _tell(f"forge-ray {__version__}", sys.stdout)
+            return 0
         if not parsed.verb or "--help" in parsed.switches:
-            print(usage())
+            _tell(verb_usage(parsed.verb) if parsed.verb else usage(), sys.stdout)
             return 0
         # Libraries print where they please (Ray does, on stdout, when Serve ends): stdout belongs to the result alone.
         with redirect_stdout(sys.stderr):
             return VERBS[parsed.verb](parsed)
     except ForgeError as error:
-        if as_json:
-            print(json.dumps(error.as_dict()))
+        if "--json" in words:
+            _tell(json.dumps(error.as_dict()), sys.stdout)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is published", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        return 0
+        raise
     except Exception:
         traceback.print_exc()
         print("error: this is a defect in forge-ray; please report it with the lines above", file=sys.stderr)
@@ -97,7 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> Words:
-    """Takes a command line apart.
+    """Takes a command line apart: places, flags and switches may stand in any order after the verb.
+
+    A flag without `=` takes the next word as its value, unless that begins with `--`.
 
     Raises:
         ConfigError: The verb is unknown.
@@ -105,22 +147,30 @@ def parse(words: Sequence[str]) -> Words:
     rest = ["--help" if word == "-h" else word for word in words]
     switches = frozenset(word for word in rest if word in SWITCHES)
     rest = [word for word in rest if word not in SWITCHES]
-    if not rest or rest[0].startswith("-"):
-        if rest:
-            raise ConfigError("the verb comes first", got=rest[0], do="forge --help lists the verbs")
+    if not rest:
         return Words("", (), (), switches)
     verb = rest.pop(0)
-    if verb not in VERBS:
-        import difflib
-
-        near = difflib.get_close_matches(verb, VERBS, n=1)
+    if verb.startswith("-"):
+        near = _near(verb, SWITCHES)
         raise ConfigError(
-            "no such verb", got=verb, do=f"did you mean `forge {near[0]}`?" if near else "forge --help lists the verbs"
+            "the verb comes first", got=verb, do=f"did you mean {near}?" if near else "forge --help lists the verbs"
+        )
+    if verb not in VERBS:
+        near = _near(verb, VERBS)
+        raise ConfigError(
+            "no such verb", got=verb, do=f"did you mean `forge {near}`?" if near else "forge --help lists the verbs"
         )
     places: list[str] = []
-    while rest and not rest[0].startswith("-"):
-        places.append(rest.pop(0))
-    return Words(verb, tuple(places), tuple(rest), switches)
+    flags: list[str] = []
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            places.append(word)
+            continue
+        flags.append(word)
+        if word.startswith("--") and "=" not in word and rest and not rest[0].startswith("--"):
+            flags.append(rest.pop(0))
+    return Words(verb, tuple(places), tuple(flags), switches)
 
 
 # ------------------------------------------------------------------------------------------------------------- verbs
@@ -133,19 +183,20 @@ def _stage(words: Words) -> int:
     if "--dry-run" in words.switches:
         return _dry_run(words, resolved, words.verb)
     outcomes = pipeline.run(resolved.config, words.verb)
-    text = summary.as_text(outcomes, " ".join(words.places), _workspace_uri(resolved), None)
+    text = summary.as_text(outcomes, resolved.config.workspace)
     _print_result(words, summary.as_json(outcomes), text)
     return 0
 
 
 def _run(words: Words) -> int:
     from forge_ray import pipeline, summary
-    from forge_ray.serve.session import session
+    from forge_ray.serve.session import preflight, session
 
     resolved = _resolve(words)
     if "--dry-run" in words.switches:
         return _dry_run(words, resolved, "export")
     config = resolved.config
+    preflight(config.serve)
     with ExitStack() as stack:
         outcomes = pipeline.run(config, "export", stack)
         stack.enter_context(_cluster(config))
@@ -153,32 +204,30 @@ def _run(words: Words) -> int:
         answer = endpoint.complete(
             config.serve.prompt, max_tokens=config.serve.max_tokens, temperature=config.serve.temperature
         )
-    text = summary.as_text(outcomes, " ".join(words.places), _workspace_uri(resolved), (config.serve.prompt, answer))
+    text = summary.as_text(outcomes, config.workspace, (config.serve.prompt, answer))
     _print_result(words, summary.as_json(outcomes, prompt=config.serve.prompt, answer=answer), text)
     return 0
 
 
 def _serve(words: Words) -> int:
     from forge_ray.artifact import Workspace
-    from forge_ray.serve.session import session, wait_for_interrupt
+    from forge_ray.serve.session import preflight, session, wait_for_interrupt
 
-    files = [place for place in words.places if _is_yaml(place)]
-    refs = [place for place in words.places if not _is_yaml(place)]
-    if len(refs) > 1 or not words.places:
-        raise ConfigError(
-            "what is to be served?", got=" ".join(refs) or "nothing", wanted="JOB.yaml, or the REF of an export"
-        )
+    files, ref = _files_and_ref(words)
+    if not words.places:
+        raise ConfigError("what is to be served?", got="nothing", wanted="JOB.yaml, or the REF of an export")
     resolved = _resolve(words, files)
     if "--dry-run" in words.switches:
-        return _dry_run(words, resolved, None if refs else "export")
-    workspace = Workspace(resolved.config.workspace)
-    exported = workspace.resolve(refs[0]) if refs else _published_export(resolved)
+        return _dry_run(words, resolved, None if ref else "export")
+    exported = Workspace(resolved.config.workspace).resolve(ref) if ref else _published_export(resolved)
+    preflight(resolved.config.serve)
     with _cluster(resolved.config), session(resolved.config.serve, exported) as endpoint:
         body = json.dumps({"model": endpoint.model_name, "prompt": resolved.config.serve.prompt, "max_tokens": 64})
         _print_result(
             words,
             {"url": f"{endpoint.url}/v1", "model": endpoint.model_name, "ref": exported.ref},
-            f"Ask it:\n  curl {endpoint.url}/v1/completions -H 'Content-Type: application/json' -d '{body}'\n"
+            f"Ask it:\n  curl {endpoint.url}/v1/completions -H 'Content-Type: application/json' "
+            f"-d {shlex.quote(body)}\n"
             "Ctrl-C stops it.",
         )
         wait_for_interrupt()
@@ -186,49 +235,33 @@ def _serve(words: Words) -> int:
 
 
 def _published_export(resolved: Resolved) -> Artifact:
-    from forge_ray import pipeline
+    from forge_ray import pipeline, summary
     from forge_ray.artifact import Workspace
-    from forge_ray.errors import NotFoundError
+    from forge_ray.errors import ArtifactError, NotFoundError
 
     planned = pipeline.plan(resolved.config, "export")[-1]
-    if not planned.published:
-        raise NotFoundError(
-            "this job's model is not published yet", got=planned.ref, do="`forge run` with the same YAML makes it"
-        )
-    return Workspace(resolved.config.workspace).get(planned.ref)
+    workspace = Workspace(resolved.config.workspace)
+    if planned.published:
+        return workspace.get(planned.ref)
+    do = "`forge run` with the same YAML makes it"
+    with suppress(ArtifactError):
+        latest = workspace.resolve("export").ref
+        do += f"; the latest export there is another: `{summary.command('serve', latest, resolved.config.workspace)}`"
+    raise NotFoundError("this job's model is not published yet", got=f"{planned.ref} in {workspace.uri}", do=do)
 
 
 def _show(words: Words) -> int:
+    from forge_ray import pipeline, summary
     from forge_ray.artifact import Workspace
-    from forge_ray.pipeline import lineage
-    from forge_ray.telemetry import format_bytes, format_s
 
-    resolved = _resolve(words, [])
-    workspace = Workspace(resolved.config.workspace)
-    if not words.places:
+    files, ref = _files_and_ref(words)
+    workspace = Workspace(_resolve(words, files).config.workspace)
+    if not ref:
         refs = workspace.refs_of_artifacts()
         _print_result(words, {"artifacts": refs}, "\n".join(refs) or f"nothing is published in {workspace.uri}")
         return 0
-    rows, lines = [], []
-    for artifact in lineage(workspace.resolve(words.places[0])):
-        m = artifact.manifest
-        size = sum(entry.size_bytes for entry in m.files)
-        rows.append(
-            {
-                "ref": m.ref,
-                "created": m.created,
-                "wall_s": m.wall_s,
-                "bytes": size,
-                "inputs": dict(m.inputs),
-                "files": [vars(entry) for entry in m.files],
-                "metrics": dict(m.metrics),
-                "made_by": dict(m.made_by),
-            }
-        )
-        lines += [f"{m.ref}  {m.created}  {format_s(m.wall_s)}  {len(m.files)} files, {format_bytes(size)}"]
-        lines += [f"    {name}: {_short(value)}" for name, value in m.metrics.items()]
-        lines += [f"    from {role}/{name}" for role, name in m.inputs.items()]
-    _print_result(words, {"lineage": rows}, "\n".join(lines))
+    artifacts = list(pipeline.lineage(workspace.resolve(ref)))
+    _print_result(words, {"lineage": summary.lineage_as_json(artifacts)}, summary.lineage_as_text(artifacts))
     return 0
 
 
@@ -245,9 +278,14 @@ def _gc(words: Words) -> int:
     names = "".join(f"\n  {name}  {format_bytes(size)}" for name, size in garbage)
     _print_result(
         words,
-        {"deleted": not dry, "bytes": total, "names": [name for name, _ in garbage]},
-        f"{'would delete' if dry else 'deleted'} {len(garbage)} files, {format_bytes(total)}, older than an hour"
-        + names,
+        {
+            "workspace": workspace.uri,
+            "deleted": not dry,
+            "bytes": total,
+            "names": [name for name, _ in garbage],
+        },
+        f"{'would delete' if dry else 'deleted'} {len(garbage)} files, {format_bytes(total)}, older than an hour, "
+        f"in {workspace.uri}{names}",
     )
     return 0
 
@@ -255,13 +293,13 @@ def _gc(words: Words) -> int:
 def _config(words: Words) -> int:
     from forge_ray import settings
 
-    rows = settings.reference()
-    lines = [
-        f"{name}{f': {kind}' if kind else ''}{f' = {default}' if default else ''}\n    {text}"
-        for name, kind, default, text in rows
-    ]
+    if words.flags:
+        raise ConfigError(
+            "`forge config` takes no values", got=" ".join(words.flags), do="--dry-run of a verb shows what is set"
+        )
+    rows = settings.fields(words.places)
     _print_result(
-        words, [dict(zip(("name", "type", "default", "text"), row, strict=True)) for row in rows], "\n".join(lines)
+        words, [dict(zip(("name", "type", "default", "text"), row, strict=True)) for row in rows], _fields_text(rows)
     )
     return 0
 
@@ -269,7 +307,8 @@ def _config(words: Words) -> int:
 def _doctor(words: Words) -> int:
     from forge_ray import doctor
 
-    checks = doctor.examine(_resolve(words).config)
+    config = _resolve(words).config
+    checks = doctor.examine(config)
     text = "\n".join(
         f"{'ok  ' if c.ok else 'MEND'}  {c.name:<12} {c.found}" + ("" if c.ok else f"\n      {c.do}") for c in checks
     )
@@ -293,8 +332,54 @@ VERBS = {
 
 def _resolve(words: Words, files: Sequence[str] | None = None) -> Resolved:
     from forge_ray import settings
+    from forge_ray.config import ForgeConfig
 
-    return settings.resolve(words.places if files is None else files, words.flags)
+    for name in (word.partition("=")[0] for word in words.flags):
+        near = _near(name, SWITCHES)
+        if near and "." not in name and name.removeprefix("--") not in ForgeConfig.model_fields:
+            raise ConfigError("no such flag", got=name, do=f"did you mean {near}?")
+    resolved = settings.resolve(words.places if files is None else files, words.flags)
+    if words.verb in STAGE_VERBS or words.verb == "run":
+        _check_workspace_outlives_the_job(resolved.config.workspace)
+    return resolved
+
+
+def _check_workspace_outlives_the_job(uri: str) -> None:
+    from pathlib import Path
+
+    from forge_ray.storage import is_local
+
+    # Ray sets the variable in the driver of `ray job submit`, which runs in a temporary copy of --working-dir.
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if submitted and is_local(uri) and not Path(uri.removeprefix("file://")).expanduser().is_absolute():
+        raise ConfigError(
+            "a submitted job's relative workspace would lie in Ray's copy of the working directory, and be deleted",
+            got=f"workspace {uri}",
+            wanted="an absolute path that every node sees, or a URI",
+            do="add --workspace=/shared/folder or --workspace=s3://bucket/folder",
+        )
+
+
+def _files_and_ref(words: Words) -> tuple[list[str], str | None]:
+    """The places taken apart: YAML files, and what `serve` or `show` is asked for."""
+    files = [place for place in words.places if place.endswith((".yaml", ".yml"))]
+    refs = [place for place in words.places if place not in files]
+    if len(refs) > 1:
+        raise ConfigError(f"`forge {words.verb}` takes one REF", got=" ".join(refs), wanted="[JOB.yaml ...] [REF]")
+    return files, refs[0] if refs else None
+
+
+def _fields_text(rows: Sequence[tuple[str, str, str, str]]) -> str:
+    return "\n".join(
+        f"{name}{f': {kind}' if kind else ''}{f' = {default}' if default else ''}\n    {text}"
+        for name, kind, default, text in rows
+    )
+
+
+def _near(word: str, possible: Iterable[str]) -> str | None:
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word, possible, n=1)), None)
 
 
 def _cluster(config: Any) -> Any:
@@ -310,12 +395,17 @@ def _dry_run(words: Words, resolved: Resolved, until: str | None) -> int:
     planned = pipeline.plan(resolved.config, until) if until else []
     width = max(len(name) for name, _, _ in rows)
     lines = [f"{name:<{width}}  {json.dumps(value)}  [{origin}]" for name, value, origin in rows]
-    lines += ["", *(f"{'skip' if p.published else 'run '}  {p.ref}" for p in planned)]
+    todo = "need" if words.verb == "serve" else "run "  # serve runs no stage: it refuses what is not published
+    lines += ["", *(f"{'skip' if p.published else todo}  {p.ref}" for p in planned)]
+    served = words.verb == "run" or (words.verb == "serve" and all(p.published for p in planned[-1:]))
+    then = ["serve"] if served else []
+    lines += [f"run   {verb}" for verb in then]
     _print_result(
         words,
         {
             "config": [{"name": n, "value": v, "origin": o} for n, v, o in rows],
             "stages": [{"ref": p.ref, "published": p.published} for p in planned],
+            "then": then,
         },
         "\n".join(lines),
     )
@@ -323,22 +413,21 @@ def _dry_run(words: Words, resolved: Resolved, until: str | None) -> int:
 
 
 def _print_result(words: Words, result: Any, text: str) -> None:
-    print(json.dumps(result) if "--json" in words.switches else text, file=words.out, flush=True)
+    _tell(json.dumps(result) if "--json" in words.switches else text, words.out)
 
 
-def _workspace_uri(resolved: Resolved) -> str:
-    from forge_ray.storage import Storage
-
-    return Storage(resolved.config.workspace).uri
-
-
-def _is_yaml(place: str) -> bool:
-    return place.endswith((".yaml", ".yml"))
+def _tell(text: str, out: TextIO) -> None:
+    """Prints a result; a reader that has gone (`forge show | head -1`) has had what it wanted, the work is done."""
+    try:
+        print(text, file=out, flush=True)
+    except BrokenPipeError:
+        _discard(out)
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 160 else f"{text[:157]}..."
+def _discard(out: TextIO) -> None:
+    """Points a broken stream at nothing, or Python fails once more when it flushes the stream at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 if __name__ == "__main__":

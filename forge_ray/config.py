@@ -8,7 +8,7 @@ Fields marked `Operational` change how a stage runs but not what it produces, so
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -84,15 +84,18 @@ class IngestConfig(Section):
     """Documents in: what is read, and what is kept back for evaluation."""
 
     sources: tuple[Source, ...] = ()
-    """What to read, in this order. A document's group (service, or file) decides whether it is held out."""
+    """What to read, in this order. A document's group decides whether it is held out: the service, or the file's path
+    below its source (with `#` and the number of a record of `.jsonl` or `.parquet`)."""
     held_out_frac: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    """Share of groups held out for evaluation, chosen by a hash of the group's name."""
+    """Share of groups held out for evaluation, chosen by a hash of the group's name; a source that moves keeps them."""
     held_out_groups: tuple[str, ...] = ()
-    """Groups that are held out by name, in addition to `held_out_frac`."""
+    """Groups held out by name, in addition to `held_out_frac`: `sqs`, `guide/setup.md`, `posts.jsonl#7`."""
     min_document_chars: Positive = 64
     """Shorter documents are skipped and counted."""
     max_document_bytes: Positive = 16 << 20
     """Larger documents (and larger whole files of one document) are skipped and counted."""
+    max_unreadable_frac: Fraction = 0.1
+    """Share of the documents that may be unreadable (not UTF-8, torn, without text) before it is an error."""
     part_bytes: Positive = 32 << 20
     """Size of text after which a part of the output is closed."""
 
@@ -294,8 +297,7 @@ class RayConfig(Section):
 
     address: str = "auto"
     """`auto`: the cluster of `RAY_ADDRESS` (a submitted job has it), else a private one on this machine. `local`:
-    always
-    private. Otherwise the address of a running head."""
+    always private. Otherwise the address of a running head."""
     num_cpus: Positive | None = None
     """CPUs of a private cluster; none for all of the machine's."""
     object_store_bytes: Annotated[int, Field(ge=80 << 20)] = 256 << 20
@@ -308,8 +310,6 @@ class RayConfig(Section):
 
 class ForgeConfig(Section):
     """One job: from documents to an endpoint."""
-
-    title: ClassVar[str] = "forge"
 
     workspace: Annotated[str, OPERATIONAL] = "./workspace"
     """Folder or URI where every artifact, run and ref lives."""

@@ -7,18 +7,27 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
+from urllib.parse import urlsplit
 
-from forge_ray.config import ForgeConfig
+from forge_ray.config import ForgeConfig, Source
 from forge_ray.errors import ForgeError
-from forge_ray.storage import Storage
-from forge_ray.telemetry import format_bytes
+from forge_ray.storage import Storage, translated
+from forge_ray.telemetry import format_bytes, format_s
 
 _MIN_DISK_BYTES = 5 << 30
 _MIN_MEMORY_BYTES = 4 << 30
+# vLLM alone loads little: its arguments load what reads a model's configuration, transformers with it.
+_IMPORTS = "import torch, vllm, vllm.engine.arg_utils"
+_IMPORTS_S = 120.0
+_CONNECT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,10 @@ class Check:
 
 
 def examine(config: ForgeConfig) -> list[Check]:
-    """Every check, in the order of what depends on what; torch, transformers and vLLM are found but not loaded."""
+    """Every check, in the order of what depends on what; torch and vLLM are loaded in a process of their own.
+
+    Cost: 10 to 20 s, nearly all of it that process.
+    """
     checks: list[Callable[[], Check]] = [
         _python,
         lambda: _package("ray", "2.60", "make venv"),
@@ -40,7 +52,10 @@ def examine(config: ForgeConfig) -> list[Check]:
         lambda: _package("transformers", "5", "make venv"),
         _vllm,
         _torchvision,
-        lambda: _port("endpoint", config.serve.host, config.serve.port, "--serve.port"),
+        _imports,
+        *[lambda index=index: _source(config, index) for index in range(len(config.ingest.sources))],
+        *[lambda address=address: _cluster(address) for address in _cluster_addresses(config.ray.address)],
+        lambda: _endpoint(config.serve.host, config.serve.port),
         _memory,
         _shared_memory,
         lambda: _workspace(config.workspace),
@@ -55,9 +70,9 @@ def examine(config: ForgeConfig) -> list[Check]:
 def _python() -> Check:
     return Check(
         "python",
-        sys.version_info >= (3, 11),
+        (3, 11) <= sys.version_info[:2] < (3, 14),
         f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} CPUs",
-        "install Python 3.11 or newer",
+        "install Python 3.11, 3.12 or 3.13",
     )
 
 
@@ -93,19 +108,84 @@ def _torchvision() -> Check:
     )
 
 
-def _port(name: str, host: str, port: int, flag: str) -> Check:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return Check(
-                name,
-                False,
-                f"{host}:{port} cannot be used: {error.strerror}",
-                f"stop what listens there, or choose {flag}=PORT",
-            )
-    return Check(name, True, f"{host}:{port} is free")
+def _imports() -> Check:
+    from forge_ray.serve.app import REPLICA_ENVIRONMENT
+
+    name, began = "imports", time.monotonic()
+    do = f"`{sys.executable} -c '{_IMPORTS}'` shows the whole error; make clean venv installs anew"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _IMPORTS],
+            env={**os.environ, **REPLICA_ENVIRONMENT},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_IMPORTS_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Check(name, False, f"torch and vllm are not loaded after {_IMPORTS_S:g} s", do)
+    took = format_s(time.monotonic() - began)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return Check(name, False, f"torch and vllm do not load, after {took}: {last}", do)
+    return Check(name, True, f"torch and vllm load in {took}")
+
+
+def _source(config: ForgeConfig, index: int) -> Check:
+    from forge_ray.data import ingest
+
+    name, source = f"source {index}", config.ingest.sources[index]
+    try:
+        seen = ingest.observe(config.ingest.replace(sources=(source,)))["sources"][0]
+    except (ForgeError, metadata.PackageNotFoundError) as error:
+        text, do = (error.what, error.do) if isinstance(error, ForgeError) else (str(error), "make venv")
+        return Check(name, False, f"{_label(source)}: {text}", do or f"mend ingest.sources.{index}")
+    held = f"{seen['files']} files, {format_bytes(seen['bytes'])}" if "files" in seen else seen.get("version", "found")
+    return Check(name, True, f"{_label(source)}: {held}")
+
+
+def _label(source: Source) -> str:
+    return source.uri if source.kind == "files" else source.kind
+
+
+def _cluster_addresses(configured: str) -> list[str]:
+    """The `host:port` of the Ray cluster that would be joined, if one is named."""
+    address = os.environ.get("RAY_ADDRESS", "") if configured == "auto" else configured
+    place = urlsplit(address if "://" in address else f"//{address}").netloc
+    return [place] if place.rpartition(":")[2].isdigit() and place.rpartition(":")[0] else []
+
+
+def _cluster(address: str) -> Check:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        return Check(
+            "ray cluster",
+            False,
+            f"{address} does not answer: {error}",
+            "start it, or mend --ray.address or RAY_ADDRESS; --ray.address=local needs no cluster",
+        )
+    return Check("ray cluster", True, f"{address} answers")
+
+
+def _endpoint(host: str, port: int) -> Check:
+    from forge_ray.errors import ServeError
+    from forge_ray.serve.app import check_port
+    from forge_ray.serve.session import check_address
+
+    try:
+        check_address(host)
+        check_port(host, port)
+    except ServeError as error:
+        return Check(
+            "endpoint",
+            False,
+            f"{host}:{port} cannot be used: {error.got}",
+            f"{error.do} (--serve.host, --serve.port)",
+        )
+    return Check("endpoint", True, f"{host}:{port} is free")
 
 
 def _memory() -> Check:
@@ -128,20 +208,32 @@ def _shared_memory() -> Check:
 def _workspace(uri: str) -> Check:
     storage = Storage(uri)
     try:
-        storage.write("refs/.doctor", b"ok")
-        storage.delete("refs/.doctor")
-        if storage.local is None:
-            return Check("workspace", True, f"{storage.uri} can be written")
-        free = shutil.disk_usage(storage.local).free
+        free = _probe_local(storage.local) if storage.local else _probe_store(storage)
     except ForgeError as error:
         found = f"{storage.uri} cannot be written: {error.what}"
         return Check("workspace", False, found, error.do or "mend the path or the credentials")
+    if free is None:
+        return Check("workspace", True, f"{storage.uri} can be written")
     return Check(
         "workspace",
         free >= _MIN_DISK_BYTES,
         f"{storage.uri} can be written, {format_bytes(free)} free",
         "free 5 GB, or choose another --workspace",
     )
+
+
+def _probe_local(folder: Path) -> int:
+    """Free bytes, once a file could be written there, or in the nearest parent where the folder is yet to be made."""
+    existing = next(place for place in (folder / "refs", folder, *folder.parents) if place.exists())
+    with translated(str(existing)), tempfile.TemporaryFile(dir=existing) as probe:
+        probe.write(b"ok")
+        probe.flush()
+        return shutil.disk_usage(existing).free
+
+
+def _probe_store(storage: Storage) -> None:
+    storage.write("refs/.doctor", b"ok")
+    storage.delete("refs/.doctor")
 
 
 def _store(scheme: str, package: str) -> Check:

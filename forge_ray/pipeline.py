@@ -81,7 +81,7 @@ STAGES: tuple[Stage, ...] = (
         "forge_ray.data.ingest",
         (),
         config=lambda c: c.ingest.fingerprinted(),
-        call=lambda m, c, i, w, p: m.run(c.ingest, w),
+        call=lambda m, c, i, w, p: m.run(c.ingest, w, frozen=p.frozen),
         observe=lambda m, c: m.observe(c.ingest),
     ),
     Stage(
@@ -178,6 +178,7 @@ def run(config: ForgeConfig, until: str = "export", stack: ExitStack | None = No
         for planned in plan(config, until):
             if planned.published:
                 outcomes[planned.stage.name] = Outcome(workspace.get(planned.ref), True, 0.0)
+                workspace.set_latest(outcomes[planned.stage.name].artifact)
                 say(f"{planned.stage.name}: published already, {planned.ref}")
                 continue
             (stack or own).enter_context(cluster(config.ray))
@@ -189,21 +190,23 @@ def _run_stage(planned: Planned, config: ForgeConfig, workspace: Workspace, done
     say(f"{planned.stage.name}: running")
     began = time.monotonic()
     inputs = {role: done[role].artifact for role in planned.stage.inputs}
-    files, metrics = planned.stage.call(planned.stage.load(), config, inputs, workspace, planned)
-    wall_s = time.monotonic() - began
-    manifest = Manifest(
-        stage=planned.stage.name,
-        fingerprint=planned.fingerprint,
-        files=tuple(files),
-        config=config.model_dump(mode="json"),
-        inputs=dict(planned.inputs),
-        frozen=dict(planned.frozen),
-        metrics=metrics,
-        made_by=_made_by(),
-        wall_s=round(wall_s, 3),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    artifact = workspace.publish(manifest)
+    with workspace.active(planned.stage.name, planned.fingerprint):
+        files, metrics = planned.stage.call(planned.stage.load(), config, inputs, workspace, planned)
+        wall_s = time.monotonic() - began
+        artifact = workspace.publish(
+            Manifest(
+                stage=planned.stage.name,
+                fingerprint=planned.fingerprint,
+                files=tuple(files),
+                config=config.model_dump(mode="json"),
+                inputs=dict(planned.inputs),
+                frozen=dict(planned.frozen),
+                metrics=metrics,
+                made_by=_made_by(),
+                wall_s=round(wall_s, 3),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+        )
     say(f"{planned.stage.name}: published {artifact.ref} in {format_s(wall_s)}")
     return Outcome(artifact, False, wall_s)
 

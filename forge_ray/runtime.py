@@ -7,11 +7,13 @@ own training (`train/`) or serving (`serve/`). Only clusters started here are st
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from forge_ray.config import RayConfig
 from forge_ray.errors import ConfigError, ForgeError, StorageError
 from forge_ray.telemetry import Progress, say
 
-# Set before ray is imported: no usage reports, no cloud metadata probes, and our runs on the dashboard's Train page.
+# Set before ray is imported: no usage reports, no cloud metadata probes, Train's state kept for the dashboard's API.
 # Ray posts one "disabled" report even when told not to, so its address is made unreachable (measured, Ray 2.60).
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -39,16 +41,17 @@ QUIET_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "true",
 }
 
-_FOLDER_PREFIX = "forge-ray-"
+_FOLDER_PREFIX, _LOCK = "forge-ray-", "forge.lock"
 _CONNECT_S = 10.0
 
 
 @contextlib.contextmanager
-def cluster(config: RayConfig) -> Iterator[str]:
-    """Connects this process to Ray and yields the dashboard's URL ("" where there is none).
+def cluster(config: RayConfig) -> Iterator[None]:
+    """Connects this process to Ray; a private cluster ends with the block.
 
     Raises:
-        ConfigError: The configured address does not answer.
+        ConfigError: The configured address does not answer, or no token can be kept for the cluster.
+        StorageError: A private cluster finds no room for its files.
     """
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -56,21 +59,18 @@ def cluster(config: RayConfig) -> Iterator[str]:
     import ray
 
     if ray.is_initialized():
-        yield _dashboard_url(ray)
+        yield
         return
     address = _address(config)
-    folder = None if address else _new_folder()
-    try:
+    with contextlib.ExitStack() as stack:
+        folder = None if address else stack.enter_context(_own_folder())
+        stack.callback(ray.shutdown)
         context = _join(ray, address) if address else _start(ray, config, folder)
         say(
             f"ray: {'joined ' + address if address else 'private cluster'}, {_resources(ray)}"
             + (f", dashboard http://{context.dashboard_url}" if context.dashboard_url else "")
         )
-        yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
-    finally:
-        ray.shutdown()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        yield
 
 
 def map_rows(
@@ -98,15 +98,39 @@ def map_rows(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
     dataset.set_name(name)
+    first_error: ForgeError | None = None
     results: list[dict[str, Any]] = []
+    stop = ray.remote(num_cpus=0)(_Stop).remote()
     with Progress(name, len(rows)) as progress:
-        for done, row in enumerate(dataset.map(_Piece(task)).iter_rows(), start=1):
+        for done, row in enumerate(dataset.map(_Piece(task, stop)).iter_rows(), start=1):
             found, error = row["out"]
-            if error is not None:
-                raise error
+            if error is not None and first_error is None:
+                first_error = error
+                stop.set.remote()
             results += found
             progress.update(done)
+    if first_error is not None:
+        raise first_error
     return results
+
+
+class _Stop:
+    """The actor that lets pieces know of an error elsewhere.
+
+    The rest is not computed but its rows are still read: a Ray Data iterator left in the middle keeps threads that end
+    the whole process, without a word, when Ray shuts down before them (Ray 2.60).
+    """
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self) -> None:
+        """Nothing more is wanted."""
+        self._set = True
+
+    def is_set(self) -> bool:
+        """Whether that was said."""
+        return self._set
 
 
 class _Piece:
@@ -116,11 +140,15 @@ class _Piece:
     mended by the retries that it would get.
     """
 
-    def __init__(self, task: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> None:
-        self.task = task
+    def __init__(self, task: Callable[[dict[str, Any]], list[dict[str, Any]]], stop: Any) -> None:
+        self.task, self.stop = task, stop
         self.__name__ = getattr(task, "__name__", type(task).__name__)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        import ray
+
+        if ray.get(self.stop.is_set.remote()):
+            return {"out": ([], None)}
         try:
             return {"out": (self.task(row), None)}
         except ForgeError as error:
@@ -155,9 +183,21 @@ def _address(config: RayConfig) -> str | None:
 def _join(ray: Any, address: str) -> Any:
     _check_reachable(address)
     try:
-        return ray.init(address=address, log_to_driver=False, logging_level="warning", namespace="forge")
+        return ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level="warning",
+            namespace="forge",
+            job_config=_job_config(ray),
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise _no_answer(address, error) from None
+
+
+def _job_config(ray: Any) -> Any:
+    """The name under which the dashboard's Jobs page shows this process."""
+    words = [word for word in sys.argv[1:3] if not word.startswith("-")]
+    return ray.job_config.JobConfig(metadata={"job_name": " ".join(["forge", *words])})
 
 
 def _check_reachable(address: str) -> None:
@@ -187,6 +227,7 @@ def _start(ray: Any, config: RayConfig, folder: Path) -> Any:
             object_store_memory=config.object_store_bytes,
             include_dashboard=config.dashboard,
             dashboard_host="127.0.0.1",
+            job_config=_job_config(ray),
             dashboard_port=config.dashboard_port if config.dashboard else None,
             _temp_dir=str(folder),
             log_to_driver=False,
@@ -194,54 +235,89 @@ def _start(ray: Any, config: RayConfig, folder: Path) -> Any:
             namespace="forge",
         )
     except OSError as error:
-        raise StorageError(
-            f"a private Ray cluster cannot start: {error}", got=folder, do="free disk or set TMPDIR"
-        ) from None
+        raise _no_room(error, folder) from None
 
 
-def _new_folder() -> Path:
-    """A temporary folder for a private cluster, named for this process; those of killed processes are removed."""
+@contextlib.contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A temporary folder for a private cluster; those that killed processes left are removed.
+
+    Its owner holds a lock on a file in it while it lives. A process id would not do: containers that share a /tmp do
+    not see each other's processes.
+    """
     # Ray's sockets lie below it and a socket's path may have 107 bytes, so a long TMPDIR is avoided.
     parent = Path("/tmp" if len(tempfile.gettempdir()) > 30 and os.access("/tmp", os.W_OK) else tempfile.gettempdir())
-    for old in parent.glob(f"{_FOLDER_PREFIX}*-*"):
-        owner = old.name.removeprefix(_FOLDER_PREFIX).partition("-")[0]
-        if owner.isdigit() and not _alive(int(owner)):
+    for old in parent.glob(f"{_FOLDER_PREFIX}*"):
+        with contextlib.suppress(OSError), (old / _LOCK).open("r+b") as lock:  # no lock in it: not ours to judge
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", dir=parent))
+    with contextlib.ExitStack() as stack:
+        try:
+            # It takes the name that others look for only once it is locked.
+            new = Path(tempfile.mkdtemp(prefix="forge-new-", dir=parent))
+            lock = stack.enter_context((new / _LOCK).open("wb"))
+            with contextlib.suppress(OSError):  # a file system without locks: nobody else can take it either
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder = new.rename(parent / new.name.replace("forge-new-", _FOLDER_PREFIX))
+        except OSError as error:
+            raise _no_room(error, parent) from None
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _no_room(error: OSError, folder: Path) -> StorageError:
+    return StorageError(f"a private Ray cluster cannot start: {error}", got=folder, do="free disk or set TMPDIR")
 
 
 def _require_token() -> None:
-    """Makes Ray ask every client of a cluster for a token, kept with mode 0600 (Ray's own file is readable by all)."""
+    """Makes Ray ask every client of a cluster for a token, kept with mode 0600 (Ray's own file is readable by all).
+
+    Raises:
+        ConfigError: The token cannot be written, or others can read it and its mode cannot be mended.
+    """
     if "RAY_AUTH_MODE" in os.environ:
         return
+    if "RAY_AUTH_TOKEN" not in os.environ:
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+        try:
+            _keep_token(path)
+        except OSError as error:
+            raise ConfigError(
+                "the token that guards the Ray cluster cannot be kept",
+                got=f"{path}: {error}",
+                do="set RAY_AUTH_TOKEN_PATH to a file in a folder that you can write",
+            ) from None
     os.environ["RAY_AUTH_MODE"] = "token"
-    if "RAY_AUTH_TOKEN" in os.environ:
-        return
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def _keep_token(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        contextlib.suppress(FileExistsError),
-        os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as sink,
-    ):
-        sink.write(secrets.token_hex(32))
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        _tighten(path)
+    else:
+        with os.fdopen(fd, "w") as sink:
+            sink.write(secrets.token_hex(32))
+
+
+def _tighten(path: Path) -> None:
+    """Takes the token from group and others; only a group may keep it, where the mode is fixed (a mounted secret)."""
+    mode = path.stat().st_mode
+    try:
+        if mode & 0o077:
+            path.chmod(0o600)
+    except OSError as error:
+        if mode & 0o007:
+            raise ConfigError(
+                "every user of this machine can read the token that guards the Ray cluster",
+                got=f"{path}, mode {mode & 0o777:o}: {error}",
+                wanted="mode 600",
+                do=f"chmod 600 {path} as its owner, or set RAY_AUTH_TOKEN_PATH to a file of your own",
+            ) from None
 
 
 def _resources(ray: Any) -> str:
     total = ray.cluster_resources()
     gpus = f", {total['GPU']:.0f} GPUs" if total.get("GPU") else ""
     return f"{total.get('CPU', 0):.0f} CPUs{gpus}, {len(ray.nodes())} node(s)"
-
-
-def _dashboard_url(ray: Any) -> str:
-    url = ray._private.worker._global_node.webui_url if ray._private.worker._global_node else ""
-    return f"http://{url}" if url else ""

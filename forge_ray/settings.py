@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -86,9 +87,29 @@ def resolve(
     return Resolved(config, origins)
 
 
-def reference() -> list[tuple[str, str, str, str]]:
-    """Every field as (dotted name, type, default, docstring), for `forge config`."""
-    return list(_reference(ForgeConfig, ""))
+def reference(*, show_kinds: bool = False) -> list[tuple[str, str, str, str]]:
+    """Every field as (dotted name, type, default, docstring), for `forge config`.
+
+    Args:
+        show_kinds: Write `pretrain.optimizer[muon].momentum`: the field is there only with this `kind`.
+    """
+    return list(_reference(ForgeConfig, "", show_kinds))
+
+
+def fields(sections: Sequence[str]) -> list[tuple[str, str, str, str]]:
+    """The reference's rows of these sections or single fields, or all rows; kinds are shown.
+
+    Raises:
+        ConfigError: A word names no section and no field.
+    """
+    rows, plain = reference(show_kinds=True), [row[0] for row in reference()]
+    for section in sections:
+        if not any(f"{name}.".startswith(f"{section}.") for name in plain):
+            near = difflib.get_close_matches(section, plain, n=1)
+            hint = f"did you mean `forge config {near[0]}`?" if near else "`forge config` lists every field"
+            raise ConfigError("no such section or field", got=section, do=hint)
+    prefixes = tuple(f"{section}." for section in sections) or ("",)
+    return [row for row, name in zip(rows, plain, strict=True) if f"{name}.".startswith(prefixes)]
 
 
 # ---------------------------------------------------------------------------------------------------------- layers
@@ -308,22 +329,30 @@ def _leaves(value: Any, name: str) -> list[tuple[str, Any]]:
     return [(name, value)]
 
 
-def _reference(model: type[BaseModel], prefix: str) -> Any:
+def _reference(model: type[BaseModel], prefix: str, show_kinds: bool) -> Iterator[tuple[str, str, str, str]]:
     for name, field in model.model_fields.items():
         dotted, inner = f"{prefix}{name}", _models_of(field.annotation)
         default = "" if field.is_required() or inner else repr(field.default)
         note = " (operational)" if OPERATIONAL in field.metadata else ""
-        yield dotted, "" if inner else _type_name(field.annotation), default, (field.description or "") + note
+        text = " ".join((field.description or "").split())
+        yield dotted, "" if inner else _type_name(field.annotation), default, text + note
         for sub in inner:
-            yield from _reference(sub, f"{dotted}.")
+            kind = get_args(sub.model_fields["kind"].annotation)[0] if len(inner) > 1 and show_kinds else ""
+            yield from _reference(sub, f"{dotted}[{kind}]." if kind else f"{dotted}.", show_kinds)
 
 
 def _type_name(annotation: Any) -> str:
-    origin = get_origin(annotation)
-    if str(origin) == "typing.Literal":
-        return " | ".join(map(str, get_args(annotation)))
-    if str(origin) == "typing.Annotated":
-        return _type_name(get_args(annotation)[0])
+    origin, args = get_origin(annotation), get_args(annotation)
+    if annotation is type(None):
+        return "None"
+    if annotation is Ellipsis:
+        return "..."
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin is Annotated:
+        return _type_name(args[0])
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type_name, args))
     if origin is None:
         return getattr(annotation, "__name__", str(annotation))
-    return str(annotation).replace("typing.", "")
+    return f"{_type_name(origin)}[{', '.join(map(_type_name, args))}]"

@@ -1,11 +1,20 @@
-"""What a finished run says to a person: what was learned, what it cost, where it lies, what to do next."""
+"""What results say to a person: what a run learned, its cost, its place, what to do next; an artifact's past."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from forge_ray.artifact import Artifact
+from forge_ray.config import ForgeConfig
 from forge_ray.pipeline import Outcome
+from forge_ray.storage import Storage
 from forge_ray.telemetry import format_bytes, format_s
 
 _LABELS = {
@@ -13,7 +22,7 @@ _LABELS = {
     "bigram": "bigram, same tokens",
     "gzip": "gzip -9",
     "zstd": "zstd -19",
-    "smollm2": "SmolLM2-135M-Instruct, 1,024-token windows",
+    "smollm2": "SmolLM2-135M-Instruct (4-bit), 1,024-token windows",
 }
 
 
@@ -31,16 +40,59 @@ def as_json(outcomes: Mapping[str, Outcome], **extra: Any) -> dict[str, Any]:
     return {"stages": stages, **extra}
 
 
-def as_text(outcomes: Mapping[str, Outcome], config_words: str, workspace: str, answer: tuple[str, str] | None) -> str:
-    """The result of a run for a terminal."""
+def as_text(outcomes: Mapping[str, Outcome], workspace: str, answer: tuple[str, str] | None = None) -> str:
+    """The result of a run for a terminal; `answer` is what the endpoint was asked, and what it wrote."""
     metrics = {name: outcome.artifact.metrics for name, outcome in outcomes.items()}
     parts = [_learned(metrics["evaluate"])] if "evaluate" in metrics else []
     parts += [_trained(metrics)] if "pretrain" in metrics else []
-    parts += [_stages(outcomes, workspace)]
+    parts += [_stages(outcomes, Storage(workspace).uri)]
     if answer:
         parts += [f"The endpoint, asked for {answer[0]!r}, answered:\n\n{_indent(answer[0] + answer[1])}"]
-    parts += [_next(outcomes, config_words)]
+    parts += [_next(outcomes, workspace)]
     return "\n\n".join(parts)
+
+
+def lineage_as_json(artifacts: Sequence[Artifact]) -> list[dict[str, Any]]:
+    """An artifact and its ancestors for `forge show --json`."""
+    return [
+        {
+            "ref": m.ref,
+            "created": m.created,
+            "wall_s": m.wall_s,
+            "bytes": sum(entry.size_bytes for entry in m.files),
+            "inputs": dict(m.inputs),
+            "files": [vars(entry) for entry in m.files],
+            "metrics": dict(m.metrics),
+            "made_by": dict(m.made_by),
+        }
+        for m in (artifact.manifest for artifact in artifacts)
+    ]
+
+
+def lineage_as_text(artifacts: Sequence[Artifact]) -> str:
+    """An artifact and its ancestors for a terminal."""
+    lines = []
+    for m in (artifact.manifest for artifact in artifacts):
+        size = format_bytes(sum(entry.size_bytes for entry in m.files))
+        lines += [f"{m.ref}  {m.created}  {format_s(m.wall_s)}  {len(m.files)} files, {size}"]
+        lines += [f"    {name}: {_short(value)}" for name, value in m.metrics.items()]
+        lines += [f"    from {role}/{name}" for role, name in m.inputs.items()]
+    return "\n".join(lines)
+
+
+def command(verb: str, ref: str, workspace: str) -> str:
+    """A command line to paste: the program as it was called, and the workspace where it is not the default one."""
+    words = [_program(), verb, ref]
+    if Storage(workspace).uri != Storage(ForgeConfig().workspace).uri:
+        words += [f"--workspace={workspace}"]
+    return shlex.join(words)
+
+
+def _program() -> str:
+    called = Path(sys.argv[0])
+    if called.name != "forge" or not called.is_file() or shutil.which("forge") == str(called):
+        return "forge"
+    return os.path.relpath(called)
 
 
 def _learned(evaluated: Mapping[str, Any]) -> str:
@@ -52,6 +104,7 @@ def _learned(evaluated: Mapping[str, Any]) -> str:
         f"Bits per byte on {format_bytes(evaluated['heldout_bytes'])} of held-out documents, "
         f"{evaluated['context_tokens']}-token windows (less is better)"
     )
+    rows += [f"  ({evaluated['heldout_seen_frac']:.1%} of that text stands in lines that training documents have too)"]
     samples = "\n\n".join(_indent(f"{s['prompt']}[...]{s['continuation']}") for s in evaluated["samples"])
     return "\n".join([head, *rows]) + f"\n\nWhat it writes after [...]\n\n{samples}"
 
@@ -74,12 +127,18 @@ def _stages(outcomes: Mapping[str, Outcome], workspace: str) -> str:
     return "\n".join([f"Artifacts in {workspace}", *rows])
 
 
-def _next(outcomes: Mapping[str, Outcome], config_words: str) -> str:
+def _next(outcomes: Mapping[str, Outcome], workspace: str) -> str:
     last = list(outcomes.values())[-1].artifact.ref
-    lines = [f"  forge show {last}  where it came from, to the last document"]
+    lines = [f"  {command('show', last, workspace)}  where it came from, to the last document"]
     if "export" in outcomes:
-        lines.insert(0, f"  forge serve {config_words}  an OpenAI-compatible endpoint on this machine, until Ctrl-C")
+        serve = command("serve", outcomes["export"].artifact.ref, workspace)
+        lines.insert(0, f"  {serve}  an OpenAI-compatible endpoint on this machine, until Ctrl-C")
     return "\n".join(["Next", *lines])
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def _indent(text: str) -> str:

@@ -54,13 +54,14 @@ def read(unit: dict[str, Any], config: IngestConfig) -> Iterator[Document | Skip
     for service in unit["services"]:
         versions = sorted(v.name for v in (_data() / service).iterdir() if (v / "service-2.json.gz").is_file())
         if not versions:
-            yield Skipped(f"botocore:{service}", "no service-2.json.gz")
+            yield Skipped(f"botocore:{service}", "unreadable: no service-2.json.gz")
             continue
         raw = (_data() / service / versions[-1] / "service-2.json.gz").read_bytes()
         description = json.loads(gzip.decompress(raw))
         for name in sorted(description["operations"]):
             text = operation_text(description, name)
-            yield Document(f"botocore:{service}/{versions[-1]}/{name}", service, LICENCE, text)
+            place = f"botocore:{service}/{versions[-1]}/{name}"
+            yield Document(place, place, service, LICENCE, text)
 
 
 def operation_text(description: dict[str, Any], name: str) -> str:

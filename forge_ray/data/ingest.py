@@ -4,25 +4,29 @@ Owns reading (`read_documents` in `formats.py` and `botocore_docs.py` do the par
 the account of what was skipped. Does not clean or deduplicate.
 
 Parts are `train-00000.parquet`, `heldout-00000.parquet` ... with the columns of `SCHEMA_FIELDS`; `skipped.json` lists
-each document that was left out, with the reason.
+each document that was left out, with the reason. Ids and groups hold no absolute path: a corpus that moves to another
+folder or store keeps both.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from forge_ray.artifact import Workspace
+from forge_ray.artifact import FileEntry, Workspace
 from forge_ray.config import BotocoreSource, FilesSource, IngestConfig
 from forge_ray.data import botocore_docs, formats
-from forge_ray.data.formats import Document, Skipped
+from forge_ray.data.formats import LARGE, SHORT, Document, Skipped
 from forge_ray.errors import DataError
 from forge_ray.runtime import map_rows
 from forge_ray.telemetry import format_bytes, say
 
 SCHEMA_FIELDS = ("id", "group", "source", "licence", "text")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SHOWN_SKIPS = 3
 
 
@@ -44,40 +48,45 @@ def observe(config: IngestConfig) -> dict[str, Any]:
     }
 
 
-def run(config: IngestConfig, workspace: Workspace) -> tuple[list[Any], dict[str, Any]]:
+def run(
+    config: IngestConfig, workspace: Workspace, frozen: Mapping[str, Any] | None = None
+) -> tuple[list[FileEntry], dict[str, Any]]:
     """Reads every source and stores the parts.
 
+    Args:
+        config: The sources and what is kept of them.
+        workspace: Where the parts go.
+        frozen: What `observe` gave when the stage was planned; none for what it gives now.
+
     Returns:
-        The artifact's files and its metrics (documents, bytes, groups, skips by reason).
+        The artifact's files and its metrics (documents, bytes, groups, skips by kind).
 
     Raises:
-        DataError: No document is left for training.
+        DataError: No document is left for training or none is held out, too many are unreadable, or a source changed
+            while it was read.
+        StorageError: A file cannot be read.
     """
+    frozen = frozen if frozen is not None else observe(config)
     units = [unit for source in config.sources for unit in _units(source)]
     results = map_rows("ingest", _Reader(config, workspace), units)
+    _check_unchanged(config, frozen)
     files, skipped = [], []
-    totals = {split: {"documents": 0, "bytes": 0} for split in ("train", "heldout")}
+    totals = {split: {"parts": 0, "documents": 0, "bytes": 0} for split in ("train", "heldout")}
     groups: dict[str, set[str]] = {"train": set(), "heldout": set()}
     for row in results:
         skipped += row["skipped"]
         for part in row["parts"]:
-            split = part["split"]
-            files.append(
-                part["entry"].__class__(
-                    f"{split}-{len([f for f in files if f.name.startswith(split)]):05d}.parquet",
-                    part["entry"].sha256,
-                    part["entry"].size_bytes,
-                )
-            )
-            totals[split]["documents"] += part["documents"]
-            totals[split]["bytes"] += part["bytes"]
+            split, total = part["split"], totals[part["split"]]
+            files.append(replace(part["entry"], name=f"{split}-{total['parts']:05d}.parquet"))
+            total["parts"] += 1
+            total["documents"] += part["documents"]
+            total["bytes"] += part["bytes"]
             groups[split].update(part["groups"])
     metrics = _metrics(totals, groups, skipped)
     _report_skips(skipped)
     _check(config, metrics, skipped)
-    import json
-
-    files.append(workspace.put_bytes("skipped.json", json.dumps(skipped, indent=1).encode()))
+    listed = [{"source": item.source, "reason": item.reason} for item in skipped]
+    files.append(workspace.put_bytes("skipped.json", json.dumps(listed, indent=1).encode()))
     return files, metrics
 
 
@@ -90,8 +99,8 @@ def held_out(config: IngestConfig, group: str) -> bool:
 
 
 def document_id(document: Document) -> str:
-    """A stable id of 16 hex digits from where the document came from and what it says."""
-    return hashlib.sha256(f"{document.source}\0{document.text}".encode()).hexdigest()[:16]
+    """A stable id of 16 hex digits from the document's place below its source and what it says."""
+    return hashlib.sha256(f"{document.key}\0{document.text}".encode()).hexdigest()[:16]
 
 
 def _units(source: BotocoreSource | FilesSource) -> list[dict[str, Any]]:
@@ -109,11 +118,11 @@ class _Reader:
     def __call__(self, unit: dict[str, Any]) -> list[dict[str, Any]]:
         reader = botocore_docs.read if unit["kind"] == "botocore" else formats.read
         parts: list[dict[str, Any]] = []
-        skipped: list[dict[str, str]] = []
+        skipped: list[Skipped] = []
         open_parts = {split: _Part(split, self.workspace) for split in ("train", "heldout")}
         for item in self._checked(reader(unit, self.config)):
             if isinstance(item, Skipped):
-                skipped.append({"source": item.source, "reason": item.reason})
+                skipped.append(item)
                 continue
             part = open_parts["heldout" if held_out(self.config, item.group) else "train"]
             part.add(item)
@@ -125,9 +134,9 @@ class _Reader:
     def _checked(self, items: Iterator[Document | Skipped]) -> Iterator[Document | Skipped]:
         for item in items:
             if isinstance(item, Document) and len(item.text) < self.config.min_document_chars:
-                yield Skipped(item.source, f"shorter than {self.config.min_document_chars} characters")
-            elif isinstance(item, Document) and len(item.text.encode()) > self.config.max_document_bytes:
-                yield Skipped(item.source, f"larger than {self.config.max_document_bytes} bytes")
+                yield Skipped(item.source, SHORT, f"{len(item.text)} characters")
+            elif isinstance(item, Document) and (size := len(item.text.encode())) > self.config.max_document_bytes:
+                yield Skipped(item.source, LARGE, f"{size} bytes")
             else:
                 yield item
 
@@ -173,10 +182,26 @@ class _Part:
         return row
 
 
-def _metrics(totals: dict[str, Any], groups: dict[str, set[str]], skipped: list[dict[str, str]]) -> dict[str, Any]:
-    reasons: dict[str, int] = {}
-    for row in skipped:
-        reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
+def _check_unchanged(config: IngestConfig, frozen: Mapping[str, Any]) -> None:
+    """The fingerprint names what the sources were when the stage was planned; what was read must be that."""
+    changed = [
+        _shown(source)
+        for source, before, now in zip(config.sources, frozen["sources"], observe(config)["sources"], strict=True)
+        if before != now
+    ]
+    if changed:
+        raise DataError(
+            "a source changed while it was read, so what was read is neither the old state nor the new",
+            got=", ".join(changed),
+            do="run the same command again, once nothing writes there",
+        )
+
+
+def _shown(source: BotocoreSource | FilesSource) -> str:
+    return source.uri if isinstance(source, FilesSource) else "botocore"
+
+
+def _metrics(totals: dict[str, Any], groups: dict[str, set[str]], skipped: list[Skipped]) -> dict[str, Any]:
     return {
         "train_documents": totals["train"]["documents"],
         "train_bytes": totals["train"]["bytes"],
@@ -184,22 +209,22 @@ def _metrics(totals: dict[str, Any], groups: dict[str, set[str]], skipped: list[
         "heldout_documents": totals["heldout"]["documents"],
         "heldout_bytes": totals["heldout"]["bytes"],
         "heldout_groups": sorted(groups["heldout"]),
-        "skipped": reasons,
+        "skipped": dict(Counter(item.kind for item in skipped)),
     }
 
 
-def _report_skips(skipped: list[dict[str, str]]) -> None:
-    for row in skipped[:_SHOWN_SKIPS]:
-        say(f"  skipped {row['source']}: {row['reason']}")
+def _report_skips(skipped: list[Skipped]) -> None:
+    for item in skipped[:_SHOWN_SKIPS]:
+        say(f"  skipped {item.source}: {item.reason}")
     if len(skipped) > _SHOWN_SKIPS:
         say(f"  ... {len(skipped) - _SHOWN_SKIPS} more skipped; all of them are in skipped.json of the artifact")
 
 
-def _check(config: IngestConfig, metrics: dict[str, Any], skipped: list[dict[str, str]]) -> None:
-    where = ", ".join(s.uri if isinstance(s, FilesSource) else "botocore" for s in config.sources)
+def _check(config: IngestConfig, metrics: dict[str, Any], skipped: list[Skipped]) -> None:
+    where = ", ".join(_shown(source) for source in config.sources)
     kept = f"{metrics['train_documents']} training and {metrics['heldout_documents']} held-out documents"
     seen = f"{kept}, {len(skipped)} skipped"
-    first = f"; first reason: {skipped[0]['reason']} ({skipped[0]['source']})" if skipped else ""
+    first = f"; first reason: {skipped[0].reason} ({skipped[0].source})" if skipped else ""
     if not metrics["train_documents"]:
         raise DataError(
             "the corpus is empty: nothing is left to train on",
@@ -207,12 +232,13 @@ def _check(config: IngestConfig, metrics: dict[str, Any], skipped: list[dict[str
             wanted="at least one readable document",
             do="check ingest.sources, held_out_frac and min_document_chars",
         )
+    _check_readable(config, metrics, skipped, where)
     missing = sorted(set(config.held_out_groups) - set(metrics["heldout_groups"]))
     if missing:
         raise DataError(
             "ingest.held_out_groups names what is not in the corpus, so nothing would be held back for it",
             got=", ".join(missing),
-            wanted="names of services, or full paths or URIs of files",
+            wanted="names of services, or paths of files below their source, as in guide/setup.md or posts.jsonl#7",
             do="mend the name",
         )
     if not metrics["heldout_documents"]:
@@ -223,3 +249,20 @@ def _check(config: IngestConfig, metrics: dict[str, Any], skipped: list[dict[str
             do="raise ingest.held_out_frac, or name one in ingest.held_out_groups",
         )
     say(f"  {seen}, {format_bytes(metrics['train_bytes'])} of training text")
+
+
+def _check_readable(config: IngestConfig, metrics: dict[str, Any], skipped: list[Skipped], where: str) -> None:
+    unreadable = [item for item in skipped if item.unreadable]
+    num_seen = metrics["train_documents"] + metrics["heldout_documents"] + len(skipped)
+    if len(unreadable) <= config.max_unreadable_frac * num_seen:
+        return
+    kinds = Counter(item.kind for item in unreadable).most_common()
+    first = "".join(f"\n    {item.source}: {item.reason}" for item in unreadable[:_SHOWN_SKIPS])
+    raise DataError(
+        "too much of the corpus is unreadable",
+        got=f"{where}: {len(unreadable)} of {num_seen} documents ("
+        + ", ".join(f"{count} {kind}" for kind, count in kinds)
+        + f"); the first:{first}",
+        wanted=f"at most {config.max_unreadable_frac:g} of them",
+        do="mend the files or the source's text_field, or raise ingest.max_unreadable_frac to train on the rest",
+    )

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 OURS = "model"
-_BATCH = 16
+_BATCH_DOCUMENTS = 16
+_LOGITS_BYTES = 256 << 20
+_SEEN_BYTES = 1 << 30
+_SEEN_LINE_CHARS = 40
 
 
 def observe(config: EvaluateConfig) -> dict[str, Any]:
@@ -51,9 +54,10 @@ def run(
         `report.json` and its figures.
     """
     scorer = _Scorer(config, model, seq_len, {role: artifact.ref for role, artifact in inputs.items()}, workspace)
-    jobs = [{"job": name} for name in (OURS, *config.baselines, "samples")]
+    jobs = [{"job": name} for name in (OURS, *config.baselines, "samples", "seen")]
     rows = {row["job"]: row for row in map_rows("evaluate", scorer, jobs)}
     samples = rows.pop("samples")["samples"]
+    seen_frac = rows.pop("seen")["seen_frac"]
     scores = {name: row["bits_per_byte"] for name, row in rows.items() if row["bits_per_byte"] is not None}
     skipped = {name: row["note"] for name, row in rows.items() if row["bits_per_byte"] is None}
     for name, note in skipped.items():
@@ -63,6 +67,7 @@ def run(
         "skipped": skipped,
         "heldout_bytes": rows[OURS]["bytes"],
         "heldout_documents": rows[OURS]["documents"],
+        "heldout_seen_frac": seen_frac,
         "context_tokens": seq_len,
         "samples": samples,
     }
@@ -84,9 +89,10 @@ class _Scorer:
         if name == "samples":
             return [{"job": name, "samples": self._samples()}]
         began = time.monotonic()
-        texts = [
-            document["text"] for document in vocabulary.sample(self._get("ingest"), "heldout", self.config.max_bytes)
-        ]
+        documents = self._get("ingest")
+        texts = [document["text"] for document in vocabulary.sample(documents, "heldout", self.config.max_bytes)]
+        if name == "seen":
+            return [{"job": name, "seen_frac": seen_frac(texts, training_texts(documents))}]
         num_bytes = sum(len(text.encode()) for text in texts)
         bits, note = None, ""
         try:
@@ -153,11 +159,42 @@ class _Scorer:
         return out
 
 
+def training_texts(documents: Artifact) -> Iterator[str]:
+    """The training documents, at most `_SEEN_BYTES` of them."""
+    import pyarrow.parquet as pq
+
+    left = _SEEN_BYTES
+    for name in (name for name in documents.names(".parquet") if name.startswith("train")):
+        for batch in pq.ParquetFile(documents.local_path(name)).iter_batches(columns=["text"]):
+            for text in batch["text"].to_pylist():
+                if left <= 0:
+                    return
+                left -= len(text)
+                yield text
+
+
+def seen_frac(held_out: list[str], training: Iterator[str]) -> float:
+    """Share of the held-out bytes in lines that stand word for word in training documents too.
+
+    Holding whole groups out does not keep boilerplate out, and what was seen is easy: the reader should know how much
+    of it there is. Lines shorter than `_SEEN_LINE_CHARS` are left out of the count of what was seen.
+
+    Memory: the held-out lines.
+    """
+    wanted = {line for text in held_out for line in text.splitlines() if len(line) >= _SEEN_LINE_CHARS}
+    seen: set[str] = set()
+    for text in training:
+        seen.update(wanted.intersection(text.splitlines()))
+    num_bytes = sum(len(text.encode()) for text in held_out)
+    shared = sum(len(line.encode()) for text in held_out for line in text.splitlines() if line in seen)
+    return shared / max(num_bytes, 1)
+
+
 def _batched(documents: list[list[int]]) -> Iterator[list[list[int]]]:
     # Longest first, so that a batch is padded little.
     ordered = sorted(documents, key=len, reverse=True)
-    for start in range(0, len(ordered), _BATCH):
-        yield ordered[start : start + _BATCH]
+    for start in range(0, len(ordered), _BATCH_DOCUMENTS):
+        yield ordered[start : start + _BATCH_DOCUMENTS]
 
 
 def nats(model: Transformer, documents: list[list[int]], context: int) -> float:
@@ -167,9 +204,10 @@ def nats(model: Transformer, documents: list[list[int]], context: int) -> float:
 
     pieces = [(ids[a:b], first - a) for ids in documents for a, b, first in windows(len(ids), context)]
     total = 0.0
+    size = max(1, _LOGITS_BYTES // (4 * context * model.vocab_size))
     with torch.inference_mode():
-        for start in range(0, len(pieces), _BATCH):
-            batch = pieces[start : start + _BATCH]
+        for start in range(0, len(pieces), size):
+            batch = pieces[start : start + size]
             longest = max(len(ids) for ids, _ in batch)
             tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])
             targets = torch.full((len(batch), longest - 1), -100)

@@ -136,8 +136,8 @@ def deploy(
     deadline = time.monotonic() + ready_timeout_s
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     check_folder(served.model_dir)
-    _check_direct_streaming_is_off()
-    _check_port(host, port)
+    check_direct_streaming_is_off()
+    check_port(host, port)
     _check_no_other_serve()
     endpoint = Endpoint(url=f"http://{_for_url(host)}:{port}", model_name=served.model_name)
     try:
@@ -277,7 +277,12 @@ def check_folder(model_dir: Path) -> None:
         )
 
 
-def _check_direct_streaming_is_off() -> None:
+def check_direct_streaming_is_off() -> None:
+    """Refuses the variable that makes Serve answer without our routes.
+
+    Raises:
+        ServeError: It is set.
+    """
     if os.environ.get("RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING") == "1":
         raise ServeError(
             "direct streaming takes our ingress out of the way of requests",
@@ -299,11 +304,15 @@ def _check_no_other_serve() -> None:
 
 
 def _for_url(host: str) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
+    """Refuses an address that cannot be listened on now.
+
+    Raises:
+        ServeError: Naming the process that holds the port, where that can be seen.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -18,7 +18,7 @@ from typing import Any
 from forge_ray.artifact import Artifact, Workspace
 from forge_ray.config import ServeConfig
 from forge_ray.errors import ServeError
-from forge_ray.serve.app import Endpoint, Served, application, deploy
+from forge_ray.serve.app import Endpoint, Served, application, check_direct_streaming_is_off, check_port, deploy
 from forge_ray.settings import resolve
 from forge_ray.telemetry import format_s, say
 
@@ -85,6 +85,17 @@ def wait_for_interrupt() -> None:
         pass
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def preflight(config: ServeConfig) -> None:
+    """Refuses now what would be refused at the end of a run of hours: address, port, environment.
+
+    Raises:
+        ServeError: The address is not loopback, the port is busy, or a variable takes our ingress away.
+    """
+    check_address(config.host)
+    check_direct_streaming_is_off()
+    check_port(config.host, config.port)
 
 
 def check_address(host: str) -> None:

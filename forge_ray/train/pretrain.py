@@ -33,6 +33,7 @@ CURVE = "curve.json"
 _FLUSH_S = 2.0
 _POLL_S = 0.5
 _PATIENCE_S = 30.0
+_ASK_S = 60.0
 _STARTS_WITHOUT_PROGRESS = 10
 
 
@@ -119,7 +120,7 @@ def _train(spec: RunSpec) -> None:
     workers = (
         (config.min_workers, config.max_workers) if config.min_workers < config.max_workers else config.max_workers
     )
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).remote()
     trainer = TorchTrainer(
         _work,
         train_loop_config={"spec": spec, "board": board},
@@ -133,7 +134,7 @@ def _train(spec: RunSpec) -> None:
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
-    say(f"  run {spec.run_id}: {num_workers_text(config)}, {spec.precision}, watch it on the dashboard's Train page")
+    say(f"  run {spec.run_id}: {num_workers_text(config)}, {spec.precision}")
     with _Watch(board, config.steps) as watch, unwrapped():
         try:
             trainer.fit()
@@ -192,6 +193,10 @@ class Board:
     def fail(self, error: ForgeError) -> None:
         """Ends the run with an error that a restart would not mend."""
         self._error = self._error or error
+
+    def error(self) -> ForgeError | None:
+        """The error that ends the run, if there is one."""
+        return self._error
 
     def news(self) -> tuple[list[dict[str, Any]], ForgeError | None]:
         """What came since the last call."""
@@ -304,19 +309,20 @@ def _cpu_has_bf16() -> bool:
 def _work(loop_config: dict[str, Any]) -> None:
     """What each Ray Train worker runs, from nothing to the last step.
 
-    A `ForgeError` is put on the board and ends the run; anything else is raised, and Ray Train starts the group again.
+    Whatever is raised makes Ray Train start the whole group again. A `ForgeError` would only come again: it is put on
+    the board first, and every worker of the next group finds it there, before it waits for any other, and returns.
     """
-    import ray
-
     spec, board = loop_config["spec"], loop_config["board"]
+    if _ask(board.error) is not None:
+        return
     try:
         _compute(spec, board)
     except ForgeError as error:
-        ray.get(board.fail.remote(error))
+        _ask(board.fail, error)
+        raise
 
 
 def _compute(spec: RunSpec, board: Any) -> None:
-    import ray
     import torch
     from ray import train as ray_train
     from ray.train.torch import get_device
@@ -328,12 +334,22 @@ def _compute(spec: RunSpec, board: Any) -> None:
     torch.set_num_threads(spec.config.cpus_per_worker)
     worker = _build(spec, rank, world_size, get_device())
     if rank == 0:
-        forbidden = ray.get(board.started.remote(worker.step))
+        forbidden = _ask(board.started, worker.step)
         if forbidden is not None:
             raise forbidden
         board.tell.remote({"event": "start", "step": worker.step, "world_size": world_size})
     reporter = _Reporter(spec, worker, board)
     loop.fit(worker, checkpoint_due=reporter.checkpoint_due, on_step=reporter.on_step)
+
+
+def _ask(method: Any, *args: Any) -> Any:
+    """What the board answers; none when it is gone, because training does not need it."""
+    import ray
+
+    try:
+        return ray.get(method.remote(*args), timeout=_ASK_S)
+    except ray.exceptions.RayError:
+        return None
 
 
 def _build(spec: RunSpec, rank: int, world_size: int, device: Any) -> Any:
@@ -371,7 +387,7 @@ def _build(spec: RunSpec, rank: int, world_size: int, device: Any) -> Any:
 
 
 class _Reporter:
-    """Tells the board, keeps the events, saves checkpoints and feeds Ray's Train page."""
+    """Tells the board, keeps the events, saves checkpoints and reports to Ray Train."""
 
     def __init__(self, spec: RunSpec, worker: Any, board: Any) -> None:
         self._spec, self._worker, self._board = spec, worker, board
@@ -399,6 +415,8 @@ class _Reporter:
         self._events.add("step", **record.as_dict())
         self._since.append((record.tokens, record.wall_s))
         if save:
+            # Events first: a kill between the two repeats steps in the log, where the other order would lose them.
+            self._events.flush()
             self._save()
             self._events.add("checkpoint", step=record.step)
         if save or time.monotonic() - self._flushed_s >= _FLUSH_S:

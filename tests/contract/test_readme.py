@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from forge_ray import settings
-from forge_ray.cli import VERBS
+from forge_ray.cli import SWITCHES, VERBS, parse
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,11 +38,12 @@ def test_every_make_target_it_names_is_in_the_makefile() -> None:
 def test_every_forge_command_it_shows_parses_and_names_existing_files_and_fields() -> None:
     commands = _words("forge")
     assert {words[0] for words in commands} >= {"run", "serve", "show", "doctor", "pretrain"}
+    commands += [text.split() for text in re.findall(r"`forge ([a-z].*?)`", README)]
     for words in commands:
-        assert words[0] in VERBS, words
+        assert parse(words).verb in VERBS, words
         for path in (word for word in words if word.endswith(".yaml")):
             assert (ROOT / path).is_file(), path
-        flags = [word for word in words if word.startswith("--") and word not in ("--dry-run", "--json", "--help")]
+        flags = [word for word in words if word.startswith("--") and word not in SWITCHES]
         unknown = [name.partition("=")[0][2:] for name in flags if name.partition("=")[0][2:] not in FIELDS]
         assert not unknown, words
 

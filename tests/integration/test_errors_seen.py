@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,3 +91,32 @@ def test_a_cluster_that_does_not_answer_is_named(fresh: Forge) -> None:
     done = fresh("ingest", str(TINY), "--json", "--ray.address=127.0.0.1:1")
     assert done.code == 2, done.stderr[-2000:]
     assert "127.0.0.1:1" in done.result["got"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 24 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_and_once_there_is_room_it_goes_on(
+    forge: Forge, ran: Finished, small_disk: Path
+) -> None:
+    """The error comes from one of two workers while the other waits for it: nothing may hang."""
+    shutil.copytree(forge.workspace, small_disk / "workspace")
+    on_it = Forge(small_disk / "workspace", forge.environment)
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 300_000))
+    full = on_it("pretrain", str(TINY), "--json", "--pretrain.seed=21")
+    assert full.code == 3, full.stderr[-3000:]
+    assert full.result["error"] == "DiskFullError"
+    assert "free space" in full.result["do"]
+    filler.unlink()
+    done = on_it("pretrain", str(TINY), "--json", "--pretrain.seed=21")
+    assert done.code == 0, done.stderr[-3000:]

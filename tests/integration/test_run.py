@@ -48,6 +48,7 @@ def test_all_comparators_scored_the_same_bytes_and_the_missing_one_says_why(ran:
     assert {"model", "gzip", "zstd", "bigram"} <= set(metrics["bits_per_byte"])
     assert ("smollm2" in metrics["bits_per_byte"]) != ("make smollm2" in metrics["skipped"].get("smollm2", ""))
     assert all(0 < bits < 9 for bits in metrics["bits_per_byte"].values())
+    assert 0 <= metrics["heldout_seen_frac"] < 0.5
 
 
 def test_transformers_computes_what_we_do_from_the_exported_folder(ran: Finished) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import time
@@ -89,6 +90,18 @@ def test_an_error_while_a_file_is_built_publishes_nothing(workspace: Workspace) 
     with pytest.raises(ZeroDivisionError), workspace.new_file("half") as build:
         build.stream.write(b"%d" % (1 // 0))
     assert workspace.storage.list("") == []
+
+
+def test_a_ref_is_written_only_when_it_moves(local: Workspace) -> None:
+    made = _publish(local)
+    path = local.storage.local_path("refs/latest/ingest")
+    os.utime(path, (1, 1))
+    local.set_latest(made)
+    assert path.stat().st_mtime == 1
+    _publish(local, B)
+    assert path.read_text() == f"ingest/{B}"
+    _publish(local, A)  # published already: it is the latest all the same
+    assert path.read_text() == f"ingest/{A}"
 
 
 # ---------------------------------------------------------------------------------------------------------- resolving
@@ -216,6 +229,55 @@ def test_what_is_no_manifest_is_refused(data: bytes) -> None:
         Manifest.from_json(data, "the place")
 
 
+def _signed(**changes: Any) -> bytes:
+    """A manifest whose digest is right, as someone who means ill can make it."""
+    body = json.loads(Manifest(stage="ingest", fingerprint=A, files=()).to_json())
+    del body["sha256"]
+    body.update(changes)
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps({**body, "sha256": digest_bytes(canonical)}).encode()
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "", ".", "a/../../x", "a//b", "./a", "a/", "a\0b"])
+def test_a_manifest_whose_file_would_lie_outside_its_folder_is_refused(local: Workspace, name: str) -> None:
+    rows = [{"name": name, "sha256": "0" * 64, "size_bytes": 0}]
+    local.storage.write(f"artifacts/ingest/{A}.json", _signed(files=rows))
+    with pytest.raises(CorruptError, match="no name of a file"):
+        local.get(f"ingest/{A}")
+
+
+@pytest.mark.parametrize("digest", ["", "00", "../" * 20 + "etc/passwd", "0" * 64 + "\n", "A" * 64])
+def test_a_manifest_with_a_digest_that_is_none_is_refused(digest: str) -> None:
+    with pytest.raises(CorruptError, match="no SHA-256"):
+        Manifest.from_json(_signed(files=[{"name": "one", "sha256": digest, "size_bytes": 0}]), "the place")
+
+
+def test_a_manifest_of_a_newer_format_asks_for_an_upgrade_and_is_not_called_damaged() -> None:
+    with pytest.raises(ArtifactError, match="newer") as caught:
+        Manifest.from_json(_signed(format_version=2, files={"unlike": "ours"}, more=1), "the place")
+    assert not isinstance(caught.value, CorruptError)
+    assert "delete" not in str(caught.value)
+
+
+def test_a_manifest_of_another_artifact_is_refused(workspace: Workspace) -> None:
+    made = _publish(workspace)
+    workspace.storage.write(f"artifacts/ingest/{B}.json", made.manifest.to_json())
+    with pytest.raises(CorruptError, match="another artifact") as caught:
+        workspace.get(f"ingest/{B}")
+    assert (caught.value.wanted, made.ref in caught.value.got) == (f"ingest/{B}", True)
+
+
+def test_a_damaged_checkpoint_names_a_file_that_there_is(local: Workspace) -> None:
+    entry = local.put_bytes("model", b"weights")
+    growing = Manifest(stage="checkpoint", fingerprint="run@5", files=(entry,))
+    local.storage.create("runs/run/checkpoints/00000005.json", growing.to_json())
+    _flip(local, _blob(entry))
+    with pytest.raises(CorruptError) as caught:
+        Artifact(local, growing).local_path("model")
+    assert "older checkpoint" in caught.value.do
+    assert "runs/run/checkpoints/00000005.json" in caught.value.do
+
+
 # ------------------------------------------------------------------------------------------------------ materialising
 
 
@@ -327,6 +389,45 @@ def test_an_old_blob_that_a_running_stage_stored_again_has_the_grace_of_a_new_on
     assert local.garbage() == []
 
 
+def _age(workspace: Workspace, name: str, age_s: float) -> None:
+    then = time.time() - age_s
+    os.utime(workspace.storage.local_path(name), (then, then))
+
+
+def test_what_a_running_stage_stored_stays_however_old(workspace: Workspace) -> None:
+    with workspace.active("ingest", A):
+        entry = workspace.put_bytes("part", b"of a stage that takes hours")
+        assert workspace.garbage(now=HOUR_LATER) == []
+    assert [name for name, _ in workspace.garbage(now=HOUR_LATER)] == [_blob(entry)]
+
+
+def test_a_marker_spares_only_what_is_not_older_than_its_run_and_only_for_seven_days(local: Workspace) -> None:
+    hour, day = 3600.0, 86400.0
+    old, new = local.put_bytes("old", b"before the run"), local.put_bytes("new", b"of the run")
+    local.storage.write(f"runs/{A}/active", b"{}")
+    for entry, age_s in ((old, 9 * hour), (new, 5 * hour)):
+        _age(local, _blob(entry), age_s)
+    _age(local, f"runs/{A}/active", 6 * hour)
+    assert [name for name, _ in local.garbage()] == [_blob(old)]
+    assert len(local.garbage(now=lambda: time.time() + 7 * day)) == 2
+
+
+def test_a_stage_that_fails_takes_its_marker_along_and_a_killed_one_is_finished_by_the_next(local: Workspace) -> None:
+    marker = local.storage.local_path(f"runs/{A}/active")
+    with local.active("ingest", A):
+        assert json.loads(marker.read_text()).keys() == {"stage", "host", "created"}
+    with pytest.raises(ZeroDivisionError), local.active("ingest", A):
+        _ = 1 // 0
+    assert not marker.exists()
+    local.storage.write(f"runs/{A}/active", b"of a killed run")
+    with pytest.raises(ZeroDivisionError), local.active("ingest", A):
+        _ = 1 // 0
+    assert marker.read_bytes() == b"of a killed run"
+    with local.active("ingest", A):
+        pass
+    assert not marker.exists()
+
+
 def test_remains_of_killed_writers_are_garbage_after_the_grace(local: Workspace) -> None:
     _publish(local)
     remains = local.storage.local / "blobs" / ".tmp-killed"
@@ -350,9 +451,11 @@ def test_nothing_is_garbage_while_a_manifest_is_damaged(workspace: Workspace, na
 def test_a_manifest_of_the_first_format_is_still_read() -> None:
     """Written by forge-ray 0.1.0; workspaces outlive releases."""
     body = (
-        '{"config":{},"created":"","files":[{"name":"one","sha256":"00","size_bytes":1}],"fingerprint":"f",'
+        '{"config":{},"created":"","files":[{"name":"one","sha256":"'
+        + "0" * 64
+        + '","size_bytes":1}],"fingerprint":"f",'
         '"format_version":1,"frozen":{},"inputs":{},"made_by":{},"metrics":{"x":1.5},"stage":"s","wall_s":0.0}'
     )
     stored = body[:-1] + f',"sha256":"{digest_bytes(body.encode())}"}}'
     read = Manifest.from_json(stored.encode(), "the place")
-    assert (read.ref, read.files, read.metrics) == ("s/f", (FileEntry("one", "00", 1),), {"x": 1.5})
+    assert (read.ref, read.files, read.metrics) == ("s/f", (FileEntry("one", "0" * 64, 1),), {"x": 1.5})

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from forge_ray import cli
+from forge_ray import cli, pipeline
 from forge_ray.artifact import Manifest, Workspace
 from forge_ray.errors import ConfigError, ForgeError
 
@@ -48,8 +51,11 @@ Forge = Callable[..., tuple[int, str, str]]
 
 
 def test_a_command_line_is_verb_places_flags_and_switches_anywhere() -> None:
-    words = cli.parse(["run", "a.yaml", "--json", "b.yaml", "--pretrain.steps", "5", "--dry-run"])
-    assert (words.verb, words.places, words.flags) == ("run", ("a.yaml", "b.yaml"), ("--pretrain.steps", "5"))
+    words = cli.parse(
+        ["run", "a.yaml", "--json", "--pretrain.steps", "5", "--serve.port=9", "b.yaml", "--dry-run", "--x.y", "-1"]
+    )
+    assert (words.verb, words.places) == ("run", ("a.yaml", "b.yaml"))
+    assert words.flags == ("--pretrain.steps", "5", "--serve.port=9", "--x.y", "-1")
     assert words.switches == {"--json", "--dry-run"}
 
 
@@ -58,7 +64,7 @@ def test_the_verb_comes_first() -> None:
         cli.parse(["--pretrain.steps", "5", "run"])
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["run", "--help"], ["--json"]])
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["--json"]])
 def test_help_names_every_verb(forge: Forge, words: list[str]) -> None:
     code, out, err = forge(*words)
     assert (code, err) == (0, "")
@@ -69,6 +75,49 @@ def test_an_unknown_verb_is_refused_with_the_nearest(forge: Forge) -> None:
     code, out, err = forge("pretrian")
     assert (code, out) == (2, "")
     assert "did you mean `forge pretrain`?" in err
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_a_verb_names_it_and_the_fields_of_its_stage(forge: Forge, verb: str) -> None:
+    code, out, _ = forge(verb, "--help")
+    assert code == 0
+    assert out.startswith(f"usage: forge {verb} ")
+    assert (f"\n{verb}." in out) == (verb in cli.STAGE_VERBS or verb == "serve")
+    assert {**cli.STAGE_VERBS, **cli.OTHER_VERBS}[verb] in out
+
+
+def test_help_of_pretrain_gives_type_default_and_meaning(forge: Forge) -> None:
+    assert "\npretrain.steps: int = 1000\n    Optimizer steps of the run.\n" in forge("pretrain", "--help")[1]
+
+
+def test_the_version_is_that_of_the_package(forge: Forge) -> None:
+    assert forge("--version") == (0, f"forge-ray {cli.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["run", "--dryrun"], "did you mean --dry-run?"),
+        (["run", "--jsn"], "did you mean --json?"),
+        (["--verson"], "did you mean --version?"),
+        (["show", "one", "two"], "takes one REF"),
+        (["serve", "one", "two"], "takes one REF"),
+        (["config", "pretrian"], "did you mean `forge config pretrain`?"),
+        (["config", "--pretrain.steps=5"], "takes no values"),
+        (["gc", "export"], "configuration file not found"),
+    ],
+)
+def test_a_word_that_is_not_understood_is_refused(forge: Forge, words: list[str], hint: str) -> None:
+    code, out, err = forge(*words)
+    assert (code, out) == (2, "")
+    assert hint in err
+
+
+@pytest.mark.parametrize("flag", ["--serve={port: 7}", "--ray={num_cpus: 7}", "--model={num_layers: 7}"])
+def test_a_whole_section_is_no_misspelt_switch(forge: Forge, job: Path, flag: str) -> None:
+    code, out, _ = forge("run", job, "--dry-run", flag)
+    assert code == 0
+    assert f" 7  [{flag.partition('=')[0]}]" in out
 
 
 # --------------------------------------------------------------------------------------------------------- exit codes
@@ -103,7 +152,7 @@ def test_a_refusal_has_its_exit_code_and_one_json_object_on_stdout(
         (KeyError("a bug"), 1, "a defect in forge-ray"),
         (KeyboardInterrupt(), 130, "goes on from what is published"),
         (ForgeError("unforeseen", do="call"), 1, "do: call"),
-        (BrokenPipeError(), 0, ""),
+        (BrokenPipeError(), 141, "before the work was done"),
     ],
 )
 def test_whatever_escapes_a_verb_becomes_an_exit_code(
@@ -117,6 +166,40 @@ def test_whatever_escapes_a_verb_becomes_an_exit_code(
     assert (found, out) == (code, "")
     assert told in err
     assert ("Traceback" in err) == isinstance(raised, KeyError)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["config"], ["config", "nosuch", "--json"], ["show"]])
+def test_a_reader_that_has_gone_is_no_failure_of_the_work(tmp_path: Path, words: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "forge_ray.cli", *words]
+    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert done.returncode == (2 if "nosuch" in words else 0)
+    assert ("error" in done.stderr) == ("nosuch" in words)
+
+
+def test_run_refuses_an_address_and_a_port_before_it_works(
+    forge: Forge, job: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pipeline, "run", lambda *_: pytest.fail("work was begun"))
+    assert forge("run", job, "--serve.host=0.0.0.0")[0] == 8
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code, _, err = forge("run", job, f"--serve.port={server.getsockname()[1]}")
+    assert (code, "cannot listen on" in err) == (8, True)
+    assert not (tmp_path / "workspace").exists()
+
+
+@pytest.mark.parametrize("verb", ["run", "ingest"])
+def test_a_submitted_job_wants_a_workspace_that_outlives_it(
+    forge: Forge, job: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    for place in ("./workspace", "file://workspace"):
+        code, _, err = forge(verb, job, f"--workspace={place}", "--dry-run")
+        assert (code, "--workspace=" in err) == (2, True)
+    for place in ("/srv/w", "~/w", "memory://w"):
+        assert forge(verb, job, f"--workspace={place}", "--dry-run")[0] == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ dry run
@@ -135,7 +218,7 @@ def test_a_dry_run_shows_values_origins_and_stages_and_writes_nothing(forge: For
     assert rows["pretrain.steps"].split()[1:] == ["7", "[--pretrain.steps]"]
     assert rows["ingest.sources.0.uri"].endswith(f'"{tmp_path}/docs"  [{job}]')
     stages = [line.split()[1].partition("/")[0] for line in out.splitlines() if line.startswith("run ")]
-    assert stages == list(cli.STAGE_VERBS)
+    assert stages == [*cli.STAGE_VERBS, "serve"]
     assert not (tmp_path / "workspace").exists()
 
 
@@ -173,13 +256,14 @@ def test_what_is_published_is_shown_as_skipped(forge: Forge, job: Path, workspac
 # --------------------------------------------------------------------------------------------------- show, gc, config
 
 
-def test_show_of_an_empty_workspace_says_so(forge: Forge, workspace: Workspace) -> None:
+def test_show_of_an_empty_workspace_says_so(forge: Forge, job: Path, workspace: Workspace) -> None:
     flag = f"--workspace={workspace.uri}"
+    assert forge("show", job) == forge("show", flag)
     assert forge("show", flag) == (0, f"nothing is published in {workspace.uri}\n", "")
     assert json.loads(forge("show", flag, "--json")[1]) == {"artifacts": []}
 
 
-def test_show_walks_from_an_artifact_to_its_ancestors(forge: Forge, workspace: Workspace) -> None:
+def test_show_walks_from_an_artifact_to_its_ancestors(forge: Forge, job: Path, workspace: Workspace) -> None:
     a, b, c = ("a" * 16, "b" * 16, "c" * 16)
     entry = workspace.put_bytes("part", b"1234")
     workspace.publish(Manifest(stage="ingest", fingerprint=a, files=(entry,), metrics={"documents": 3}))
@@ -189,7 +273,7 @@ def test_show_walks_from_an_artifact_to_its_ancestors(forge: Forge, workspace: W
     rows: list[dict[str, Any]] = json.loads(forge("show", "tokenize", flag, "--json")[1])["lineage"]
     assert [row["ref"] for row in rows] == [f"tokenize/{c}", f"tokenizer/{b}", f"ingest/{a}"]
     assert (rows[0]["bytes"], rows[2]["metrics"]) == (4, {"documents": 3})
-    code, out, _ = forge("show", "cccc", flag)
+    code, out, _ = forge("show", job, "cccc")
     assert code == 0
     assert f"from tokenizer/{b}" in out
     assert "documents: 3" in out
@@ -205,9 +289,11 @@ def test_gc_deletes_what_its_dry_run_lists_and_nothing_else(forge: Forge, worksp
     code, out, _ = forge("gc", flag, "--dry-run")
     assert code == 0
     assert "would delete 1 files, 9 B" in out
+    assert workspace.uri in out
     assert workspace.storage.list("") == before
     told = json.loads(forge("gc", flag, "--json")[1])
-    assert told == {"deleted": True, "bytes": 9, "names": [f"blobs/{unused.sha256[:2]}/{unused.sha256}"]}
+    name = f"blobs/{unused.sha256[:2]}/{unused.sha256}"
+    assert told == {"workspace": workspace.uri, "deleted": True, "bytes": 9, "names": [name]}
     assert set(before) - set(workspace.storage.list("")) == set(told["names"])
 
 
@@ -215,8 +301,31 @@ def test_config_lists_every_field_with_its_meaning(forge: Forge) -> None:
     rows = {row["name"]: row for row in json.loads(forge("config", "--json")[1])}
     assert rows["pretrain.precision"]["type"] == "auto | bf16 | fp32"
     assert rows["pretrain.steps"]["default"] == "1000"
+    assert rows["serve.max_model_len"]["type"] == "int | None"
+    assert rows["evaluate.baselines"]["type"] == "tuple[gzip | zstd | bigram | smollm2, ...]"
+    assert {"ingest.sources[files].uri", "pretrain.optimizer[muon].adamw.beta1"} <= set(rows)
     text = forge("config")[1]
     assert [name for name, row in rows.items() if name not in text or row["text"] not in text] == []
+
+
+def test_config_of_a_section_or_field_lists_no_other(forge: Forge) -> None:
+    told = json.loads(forge("config", "tokenizer", "pretrain.optimizer.beta1", "--json")[1])
+    names = [row["name"] for row in told]
+    assert names[0] == "tokenizer"
+    assert names[-1] == "pretrain.optimizer[adamw].beta1"
+    assert {name.partition(".")[0] for name in names[:-1]} == {"tokenizer"}
+
+
+def test_serve_of_an_unpublished_job_names_the_export_that_is_there(
+    forge: Forge, job: Path, workspace: Workspace
+) -> None:
+    code, _, err = forge("serve", job)
+    assert (code, "latest export" in err) == (4, False)
+    for name in ("a" * 16, "b" * 16):
+        workspace.publish(Manifest(stage="export", fingerprint=name, files=()))
+    code, _, err = forge("serve", job)
+    assert code == 4
+    assert f"forge serve export/{'b' * 16} --workspace={workspace.uri}`" in err
 
 
 def test_what_a_verb_prints_by_itself_does_not_spoil_the_json(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:

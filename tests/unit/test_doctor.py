@@ -22,6 +22,12 @@ def busy_port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
+@pytest.fixture(autouse=True)
+def _imports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading torch and vLLM takes 10 s; what doctor says of a load is tested with smaller modules."""
+    monkeypatch.setattr(doctor, "_IMPORTS", "import json")
+
+
 def _examine(workspace: Path, **serve: Any) -> dict[str, Check]:
     config = ForgeConfig.model_validate({"workspace": str(workspace), "serve": serve})
     return {check.name: check for check in doctor.examine(config)}
@@ -62,7 +68,62 @@ def test_a_workspace_that_cannot_be_written_is_named(tmp_path: Path, why: str) -
 def test_a_good_workspace_is_left_as_it_was(tmp_path: Path) -> None:
     check = _examine(tmp_path / "workspace")["workspace"]
     assert str(tmp_path / "workspace") in check.found
-    assert [path for path in (tmp_path / "workspace").rglob("*") if path.is_file()] == []
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "workspace").mkdir()
+    assert str(tmp_path / "workspace") in _examine(tmp_path / "workspace")["workspace"].found
+    assert list((tmp_path / "workspace").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [("import json", "torch and vllm load in"), ("import no_such_module", "No module named 'no_such_module'")],
+)
+def test_an_installation_that_does_not_load_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, told: str
+) -> None:
+    monkeypatch.setattr(doctor, "_IMPORTS", code)
+    check = _examine(tmp_path)["imports"]
+    assert (check.ok, told in check.found) == ("no_such" not in code, True)
+    assert code in check.do or check.ok
+
+
+def test_an_installation_that_hangs_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_IMPORTS", "import time; time.sleep(60)")
+    monkeypatch.setattr(doctor, "_IMPORTS_S", 0.1)
+    assert "not loaded after 0.1 s" in _examine(tmp_path)["imports"].found
+
+
+def test_each_source_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("A document.")
+    sources = [{"kind": "files", "uri": str(tmp_path)}, {"kind": "files", "uri": str(tmp_path / "none")}]
+    config = ForgeConfig.model_validate({"workspace": str(tmp_path), "ingest": {"sources": sources}})
+    found = {check.name: check for check in doctor.examine(config)}
+    assert found["source 0"].ok
+    assert found["source 0"].found == f"{tmp_path}: 1 files, 11 B"
+    assert not found["source 1"].ok
+    assert str(tmp_path / "none") in found["source 1"].found
+
+
+@pytest.mark.parametrize("how", ["ray.address", "RAY_ADDRESS"])
+def test_a_named_cluster_is_called(tmp_path: Path, busy_port: int, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    for address, ok in ((f"127.0.0.1:{busy_port}", True), ("ray://127.0.0.1:1", False)):
+        monkeypatch.setenv("RAY_ADDRESS", address if how == "RAY_ADDRESS" else "127.0.0.1:2")
+        ray = {"address": address} if how == "ray.address" else {}
+        config = ForgeConfig.model_validate({"workspace": str(tmp_path), "ray": ray})
+        check = next(check for check in doctor.examine(config) if check.name == "ray cluster")
+        assert (check.ok, address.removeprefix("ray://") in check.found) == (ok, True)
+
+
+def test_a_private_cluster_is_not_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    config = ForgeConfig.model_validate({"workspace": str(tmp_path), "ray": {"address": "local"}})
+    assert "ray cluster" not in {check.name for check in doctor.examine(config)}
+
+
+@pytest.mark.parametrize(("version", "ok"), [((3, 10, 9), False), ((3, 13, 1), True), ((3, 14, 0), False)])
+def test_the_range_of_pythons(monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...], ok: bool) -> None:
+    monkeypatch.setattr(doctor.sys, "version_info", version)
+    assert doctor._python().ok == ok
 
 
 def test_whatever_is_to_be_mended_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 
 from forge_ray.config import FilesSource, IngestConfig
 from forge_ray.data import formats
-from forge_ray.data.formats import Document, Skipped, html_text
+from forge_ray.data.formats import Document, html_text
 from forge_ray.errors import DataError, StorageError
 
 Put = Callable[[str, bytes], None]
@@ -89,13 +90,13 @@ def test_a_byte_order_mark_is_no_text(corpus: tuple[str, Put], name: str, data: 
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("m.txt", "caf\u00e9".encode("latin-1"), "not UTF-8 at byte 3"),
-        ("m.html", b"<p>\xff\xfe</p>", "not UTF-8 at byte 3"),
+        ("m.txt", "caf\u00e9".encode("latin-1"), "not UTF-8: byte 3"),
+        ("m.html", b"<p>\xff\xfe</p>", "not UTF-8: byte 3"),
         ("m.html", b"<p>text <![nonsense[ here]]></p>", "unreadable: not HTML"),
-        ("m.md", b"x" * 2001, "larger than 2000 bytes"),
+        ("m.md", b"x" * 2001, "larger than max_document_bytes: 2001 bytes"),
         ("m.parquet", parquet(["lost"])[:-20], "unreadable: "),
         ("m.parquet", b"", "unreadable: "),
-        ("m.parquet", parquet(["lost"], name="body"), "no column 'text', only body, other"),
+        ("m.parquet", parquet(["lost"], name="body"), "unreadable: no text field: 'text', only body, other"),
     ],
 )
 def test_a_bad_file_is_skipped_with_its_reason_and_its_neighbours_arrive(
@@ -114,14 +115,14 @@ def test_a_bad_file_is_skipped_with_its_reason_and_its_neighbours_arrive(
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": "caf\xe9"}', "not UTF-8 at byte 13"),
+        (b'{"text": "caf\xe9"}', "not UTF-8: byte 13"),
         (b'{"text": "torn', "JSONDecodeError"),
-        (b'{"body": "x"}', "the field 'text': KeyError"),
+        (b'{"body": "x"}', "unreadable: no text field: 'text', KeyError"),
         (b'["text"]', "TypeError"),
         (b"7", "TypeError"),
-        (b'{"text": null}', "the text is NoneType, not a string"),
-        (b'{"text": ["x"]}', "the text is list, not a string"),
-        (b'{"text": "half \\ud83d pair"}', "half of a surrogate pair at character 5"),
+        (b'{"text": null}', "the text is no string: NoneType"),
+        (b'{"text": ["x"]}', "the text is no string: list"),
+        (b'{"text": "half \\ud83d pair"}', "half of a surrogate pair: character 5"),
         (b"[" * 100_000, "RecursionError"),
     ],
 )
@@ -141,10 +142,10 @@ def test_a_row_of_parquet_that_is_no_string_is_skipped_alone(corpus: tuple[str, 
     put("b.parquet", parquet([1, 2]))
     assert read(uri) == {
         "a.parquet#1": "one",
-        "a.parquet#2": "<the text is NoneType, not a string>",
+        "a.parquet#2": "<unreadable: the text is no string: NoneType>",
         "a.parquet#3": "three",
-        "b.parquet#1": "<the text is int, not a string>",
-        "b.parquet#2": "<the text is int, not a string>",
+        "b.parquet#1": "<unreadable: the text is no string: int>",
+        "b.parquet#2": "<unreadable: the text is no string: int>",
     }
 
 
@@ -172,17 +173,54 @@ def test_a_single_file_is_a_source(corpus: tuple[str, Put]) -> None:
     put("only.txt", b"this one")
     put("other.txt", b"not this one")
     [unit] = formats.units(FilesSource(kind="files", uri=f"{uri}/only.txt"))
-    assert [item.text for item in formats.read(unit, IngestConfig())] == ["this one"]
+    [item] = formats.read(unit, IngestConfig())
+    assert (item.text, item.key) == ("this one", "only.txt")
 
 
-def test_a_file_that_vanishes_after_the_listing_is_skipped(tmp_path: Path) -> None:
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text(name)
+def test_keys_and_groups_are_paths_below_the_source_wherever_it_lies(corpus: tuple[str, Put]) -> None:
+    uri, put = corpus
+    put("sub/a.txt", b"a whole file")
+    put("b.jsonl", b'{"text": "a record"}')
+    for slash in ("", "/"):
+        [unit] = formats.units(FilesSource(kind="files", uri=uri + slash))
+        items = list(formats.read(unit, IngestConfig()))
+        assert [(item.key, item.group) for item in items] == [("b.jsonl#1",) * 2, ("sub/a.txt",) * 2]
+        assert all(item.source.endswith(f"{uri.rpartition('/')[2]}/{item.key}") for item in items)
+
+
+def test_a_file_that_vanishes_after_the_listing_is_no_bad_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
     [unit] = formats.units(FilesSource(kind="files", uri=str(tmp_path)))
     (tmp_path / "a.txt").unlink()
-    gone, there = formats.read(unit, IngestConfig())
-    assert isinstance(gone, Skipped)
-    assert there.text == "b"
+    with pytest.raises(StorageError, match=r"a\.txt") as caught:
+        list(formats.read(unit, IngestConfig()))
+    assert "still there" in caught.value.do
+
+
+class _Breaks(io.BytesIO):
+    """A file on a disk or link that fails."""
+
+    error: Exception
+
+    def read(self, size: int | None = -1) -> bytes:
+        raise self.error
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.html", "a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "disk"), PermissionError("expired"), RuntimeError("no token")])
+def test_an_error_of_reading_is_no_bad_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception
+) -> None:
+    (tmp_path / name).write_bytes(parquet(["text"]))
+    [unit] = formats.units(FilesSource(kind="files", uri=str(tmp_path)))
+    broken = _Breaks((tmp_path / name).read_bytes())
+    broken.error = error
+    fs = fsspec.filesystem("file")
+    monkeypatch.setattr(type(fs), "open", lambda *args, **kwargs: broken)
+    with pytest.raises(StorageError) as caught:
+        list(formats.read(unit, IngestConfig()))
+    assert caught.value.got == str(tmp_path / name)
+    assert type(error).__name__ in caught.value.what
 
 
 def test_small_neighbours_share_a_unit_and_every_file_is_in_exactly_one(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,15 @@ def test_what_is_left_out_is_counted_and_listed(folder: Path, workspace: Workspa
     (folder / "long.jsonl").write_text(json.dumps({"text": "x" * 3000}))
     (folder / "latin.txt").write_bytes(b"caf\xe9 au lait")
     files, metrics = ingest.run(config(folder, max_document_bytes=2000), workspace)
-    assert metrics["skipped"] == {"shorter than 5 characters": 2, "larger than 2000 bytes": 1, "not UTF-8 at byte 3": 1}
+    assert metrics["skipped"] == {
+        "shorter than min_document_chars": 2,
+        "larger than max_document_bytes": 1,
+        "not UTF-8": 1,
+    }
     listed = json.loads(workspace.verified(files[-1], "skipped.json").read_bytes())
     names = {Path(row["source"].partition("#")[0]).name for row in listed}
     assert names == {"empty.txt", "short.txt", "long.jsonl", "latin.txt"}
+    assert any(row["reason"] == "not UTF-8: byte 3" for row in listed)
     assert metrics["train_documents"] + metrics["heldout_documents"] == 200
 
 
@@ -125,9 +131,70 @@ def test_nothing_to_train_on_is_an_error_that_says_why(tmp_path: Path, workspace
     with pytest.raises(DataError, match="nothing is left to train on") as caught:
         ingest.run(config(tmp_path), workspace)
     assert str(tmp_path) in str(caught.value)
-    assert "shorter than 5 characters" in str(caught.value)
+    assert "shorter than min_document_chars: 3 characters" in str(caught.value)
 
 
 def test_nothing_held_out_is_an_error(folder: Path, workspace: Workspace) -> None:
     with pytest.raises(DataError, match="no document is held out"):
         ingest.run(config(folder, held_out_frac=0.0), workspace)
+
+
+def test_a_corpus_that_moves_keeps_ids_and_sides(folder: Path, workspace: Workspace, tmp_path: Path) -> None:
+    (folder / "records.jsonl").write_text('{"text": "some words"}\n{"text": "other words"}\n')
+    moved = shutil.copytree(folder, tmp_path.parent / f"{tmp_path.name}-moved" / "deeper")
+    sides, sources = [], []
+    for place in (folder, moved):
+        files, _ = ingest.run(config(place), workspace)
+        rows = {split: rows_of(workspace, files, split) for split in ("train", "heldout")}
+        sides.append({row["id"]: (split, row["group"]) for split in rows for row in rows[split]})
+        sources.append({row["source"] for split in rows for row in rows[split]})
+    assert sides[0] == sides[1]
+    assert len(sides[0]) == 202
+    assert sources[1] == {source.replace(str(folder), str(moved)) for source in sources[0]}
+
+
+def test_a_file_is_held_out_by_its_path_below_the_source(folder: Path, workspace: Workspace) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "a.txt").write_text("a guide to something")
+    chosen = config(folder, held_out_frac=0.0, held_out_groups=("sub/a.txt",))
+    files, metrics = ingest.run(chosen, workspace)
+    assert metrics["heldout_groups"] == ["sub/a.txt"]
+    assert [row["source"] for row in rows_of(workspace, files, "heldout")] == [str(folder / "sub" / "a.txt")]
+    with pytest.raises(DataError, match="below their source"):
+        ingest.run(chosen.replace(held_out_groups=(str(folder / "000.txt"),)), workspace)
+
+
+@pytest.mark.parametrize("when", ["between planning and reading", "while it is read"])
+def test_a_source_that_changes_is_named(
+    folder: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    chosen, plain = config(folder), ingest.map_rows
+    frozen = ingest.observe(chosen)
+
+    def map_rows(*args: Any) -> Any:
+        (folder / "late.txt").write_text("written while others are read")
+        return plain(*args)
+
+    if when == "while it is read":
+        monkeypatch.setattr(ingest, "map_rows", map_rows)
+    else:
+        (folder / "000.txt").write_text("changed since")
+    with pytest.raises(DataError, match="changed while it was read") as caught:
+        ingest.run(chosen, workspace, frozen=frozen)
+    assert caught.value.got == str(folder)
+    monkeypatch.setattr(ingest, "map_rows", plain)
+    assert ingest.run(chosen, workspace, frozen=ingest.observe(chosen))
+
+
+def test_too_many_unreadable_documents_are_an_error_with_counts_and_reasons(folder: Path, workspace: Workspace) -> None:
+    for i in range(30):
+        (folder / f"latin{i}.txt").write_bytes(b"caf\xe9 au lait")
+    (folder / "nulls.jsonl").write_text('{"text": null}\n' * 5)
+    for i in range(300):
+        (folder / f"short{i}.txt").write_text("abc")  # of the wrong size, not of the wrong kind
+    ingest.run(config(folder), workspace)
+    with pytest.raises(DataError, match="unreadable") as caught:
+        ingest.run(config(folder, max_unreadable_frac=0.05), workspace)
+    assert "35 of 535 documents (30 not UTF-8, 5 unreadable: the text is no string)" in caught.value.got
+    assert f"{folder}/latin0.txt: not UTF-8: byte 3" in caught.value.got
+    assert "max_unreadable_frac" in caught.value.do

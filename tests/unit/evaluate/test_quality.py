@@ -217,3 +217,10 @@ def test_samples_are_the_same_on_every_run(inputs: dict[str, Artifact], monkeypa
     one, other = (evaluated(inputs, monkeypatch, baselines=(), temperature=1.0)["samples"] for _ in range(2))
     assert one == other
     assert one[0]["continuation"]
+
+
+def test_the_share_of_held_out_text_that_training_has_too_counts_long_lines_only() -> None:
+    line = "x" * 50
+    held_out = [f"{line}\nshort line", "y" * 49 + "\n" + "z" * 60]
+    assert quality.seen_frac(held_out, iter([f"before\n{line}\nafter", "short line"])) == 50 / (61 + 110)
+    assert quality.seen_frac(held_out, iter([line[:-1], line + "x"])) == 0
