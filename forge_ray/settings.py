@@ -80,6 +80,7 @@ def resolve(
     origins: dict[str, str] = {}
     for origin, layer in layers:
         _merge(merged, layer, "", origin, origins)
+    _fill_kinds(merged, ForgeConfig)
     try:
         config = ForgeConfig.model_validate(merged)
     except ValidationError as error:
@@ -288,6 +289,20 @@ def _check_path(parts: list[str], where: str) -> None:
             hint = f"did you mean {near[0]}?" if near else "`forge config` lists every field"
             raise ConfigError(f"{where} names no field", got=".".join(parts), do=hint)
         models = _models_of(fields[part].annotation)
+
+
+def _fill_kinds(values: dict[str, Any], model: type[BaseModel]) -> None:
+    """Who sets a field of a union without naming its kind means the kind that is the default."""
+    for name, field in model.model_fields.items():
+        value = values.get(name)
+        if not isinstance(value, dict):
+            continue
+        if "kind" not in value and hasattr(field.default, "kind"):
+            value["kind"] = field.default.kind
+        for inner in _models_of(field.annotation):
+            kind = inner.model_fields.get("kind")
+            if kind is None or value.get("kind") in get_args(kind.annotation):
+                _fill_kinds(value, inner)
 
 
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> ConfigError:

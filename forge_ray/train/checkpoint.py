@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from forge_ray.artifact import Artifact, FileEntry, Manifest, Workspace
-from forge_ray.errors import ArtifactError, ForgeError
+from forge_ray.errors import ArtifactError, CorruptError, ForgeError
 from forge_ray.telemetry import say
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Checkpoints:
             self.workspace.put_bytes(OPTIMIZER, save(optimizer)),
             self.workspace.put_bytes(STATE, json.dumps({**state, "step": step}).encode()),
         )
-        manifest = Manifest(stage="checkpoint", fingerprint=f"{self.run_id}@{step}", files=files)
+        manifest = Manifest(stage="checkpoint", fingerprint=self._fingerprint(step), files=files)
         # Not `create`: a manifest that stands there is of a checkpoint that was passed over as damaged.
         self.workspace.storage.write(self._name(step), manifest.to_json())
         self._release(keep)
@@ -70,7 +70,12 @@ class Checkpoints:
         """The checkpoint of a step."""
         name = self._name(step)
         manifest = Manifest.from_json(self.workspace.storage.read_bytes(name), f"{self.workspace.uri}/{name}")
+        if manifest.fingerprint != self._fingerprint(step):
+            raise CorruptError("a checkpoint stands under another's name", got=manifest.ref, wanted=f"step {step}")
         return Artifact(self.workspace, manifest)
+
+    def _fingerprint(self, step: int) -> str:
+        return f"{self.run_id}@{step}"
 
     def _name(self, step: int) -> str:
         return f"runs/{self.run_id}/checkpoints/{step:08d}.json"

@@ -319,3 +319,11 @@ def test_every_field_is_documented_and_says_whether_it_is_operational() -> None:
     assert "ingest.sources.licence" in rows
     assert "(operational)" in rows["pretrain.max_workers"]
     assert "(operational)" not in rows["pretrain.steps"]
+
+
+def test_a_field_of_a_union_set_without_its_kind_means_the_default_kind() -> None:
+    flags = ["--pretrain.optimizer.momentum=0.9", "--pretrain.optimizer.adamw.beta2=0.99"]
+    optimizer = resolve([], flags, {}).config.pretrain.optimizer
+    assert (optimizer.kind, optimizer.momentum, optimizer.adamw.beta2) == ("muon", 0.9, 0.99)
+    with pytest.raises(ConfigError, match=r"optimizer\.beta1"):
+        resolve([], ["--pretrain.optimizer.beta1=0.9"], {})

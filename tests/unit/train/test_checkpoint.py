@@ -118,3 +118,11 @@ def test_release_that_cannot_know_what_is_used_deletes_nothing(checkpoints: Chec
     save(checkpoints, 2, keep=1)
     assert all(blob(old, name).exists() for name in old.names())
     assert checkpoints.steps() == [1, 2]
+
+
+def test_a_manifest_moved_to_another_step_is_passed_over(checkpoints: Checkpoints) -> None:
+    for step in (1, 2):
+        save(checkpoints, step)
+    folder = Path(checkpoints.workspace.uri) / "runs" / "run" / "checkpoints"
+    (folder / "00000009.json").write_bytes((folder / "00000001.json").read_bytes())
+    assert checkpoints.newest().read_json(STATE)["step"] == 2
