@@ -43,6 +43,7 @@ QUIET_ENVIRONMENT = {
 
 _FOLDER_PREFIX, _LOCK = "forge-ray-", "forge.lock"
 _CONNECT_S = 10.0
+_PORTS_TRIED = 100
 
 
 @contextlib.contextmanager
@@ -194,6 +195,19 @@ def _join(ray: Any, address: str) -> Any:
         raise _no_answer(address, error) from None
 
 
+def _free_port(first: int) -> int:
+    """The first port from `first` on that loopback has free: another cluster's dashboard may hold the usual one."""
+    for port in range(first, min(first + _PORTS_TRIED, 65536)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ConfigError(
+        "no port is free for the dashboard",
+        got=f"{first} to {first + _PORTS_TRIED - 1}",
+        do="choose another --ray.dashboard_port, or switch it off with --ray.dashboard=false",
+    )
+
+
 def _job_config(ray: Any) -> Any:
     """The name under which the dashboard's Jobs page shows this process."""
     words = [word for word in sys.argv[1:3] if not word.startswith("-")]
@@ -228,7 +242,7 @@ def _start(ray: Any, config: RayConfig, folder: Path) -> Any:
             include_dashboard=config.dashboard,
             dashboard_host="127.0.0.1",
             job_config=_job_config(ray),
-            dashboard_port=config.dashboard_port if config.dashboard else None,
+            dashboard_port=_free_port(config.dashboard_port) if config.dashboard else None,
             _temp_dir=str(folder),
             log_to_driver=False,
             logging_level="warning",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,11 @@ def test_a_home_that_cannot_be_written_says_what_to_set(token: Path) -> None:
         runtime._require_token()
     assert "RAY_AUTH_TOKEN_PATH" in caught.value.do
     assert str(token) in caught.value.got
+
+
+def test_a_dashboard_port_that_is_taken_is_passed_over() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert port < runtime._free_port(port) < port + 100
