@@ -65,6 +65,16 @@ def wait_for(what: str, ready: Callable[[], Any], timeout_s: float = LIMIT_S) ->
     raise AssertionError(f"timed out waiting for {what}")
 
 
+def kill_tree(started: subprocess.Popen[Any]) -> None:
+    """`kill -9` for a process and all below it, some of which may just be ending by themselves."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(started.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    started.kill()
+    started.wait()
+
+
 class Forge:
     """Runs `forge` as a user does, in a process of its own."""
 
@@ -163,10 +173,7 @@ def head() -> Iterator[Head]:
         yield found
     finally:
         # All of it is ours and holds nothing to keep; Ray's own shutdown takes 20 s.
-        for process in [*psutil.Process(started.pid).children(recursive=True), psutil.Process(started.pid)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        started.wait()
+        kill_tree(started)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 from forge_ray.artifact import Workspace
 from forge_ray.events import Events
 from forge_ray.storage import Storage
-from tests.integration.conftest import TINY, Finished, Forge, clean_environment, wait_for
+from tests.integration.conftest import TINY, Finished, Forge, clean_environment, kill_tree, wait_for
 
 LONG = ("--pretrain.steps=400", "--pretrain.checkpoint_every_s=0.5")
 
@@ -42,9 +43,7 @@ def test_killing_a_worker_and_then_everything_costs_no_committed_step_and_change
         wait_for("a checkpoint after the worker's death", lambda: max(_checkpoints(private, ref)) > max(first))
         assert driver.poll() is None, "the run ended before it could be killed"
     finally:
-        for process in [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]:
-            process.kill()
-        driver.wait()
+        kill_tree(driver)
     killed_at = max(_checkpoints(private, ref))
 
     resumed = private("pretrain", str(TINY), "--json", *LONG)
@@ -82,9 +81,12 @@ def _checkpoints(forge: Forge, ref: str) -> list[int]:
 
 
 def _workers(driver_pid: int) -> list[psutil.Process]:
-    return [
-        p for p in psutil.Process(driver_pid).children(recursive=True) if "TrainWorker" in " ".join(p.cmdline()[:1])
-    ]
+    found = []
+    for process in psutil.Process(driver_pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # others come and go meanwhile
+            if "TrainWorker" in " ".join(process.cmdline()[:1]):
+                found.append(process)
+    return found
 
 
 def _worker_of(driver_pid: int) -> psutil.Process:
