@@ -214,6 +214,11 @@ class Artifact:
         return folder
 
 
+def cache_folder(kind: str) -> Path:
+    """Where this machine keeps verified copies of that kind; it may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "forge-ray" / kind
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -402,7 +407,7 @@ class Workspace:
 
     def _cached(self, entry: FileEntry) -> Path:
         """Downloads a blob into the machine's cache."""
-        folder = _made(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "forge-ray" / "blobs")
+        folder = _made(cache_folder("blobs"))
         path = folder / entry.sha256
         if not path.exists():
             temp = folder / f".tmp-{os.getpid()}-{entry.sha256}"

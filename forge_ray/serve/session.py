@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from forge_ray.artifact import Artifact, Workspace
+from forge_ray.artifact import Artifact, Workspace, cache_folder
 from forge_ray.config import ServeConfig
 from forge_ray.errors import ServeError
 from forge_ray.serve.app import Endpoint, Served, application, check_direct_streaming_is_off, check_port, deploy
@@ -126,7 +124,7 @@ def _served(config: ServeConfig, exported: Artifact) -> Served:
             do="give the ref of an export",
         )
     return Served(
-        model_dir=exported.materialize(_cache() / _safe(exported)),
+        model_dir=exported.materialize(cache_folder("models") / _safe(exported)),
         model_name=exported.metrics["model_name"],
         num_replicas=config.num_replicas,
         max_model_len=config.max_model_len or exported.metrics["max_model_len"],
@@ -134,10 +132,6 @@ def _served(config: ServeConfig, exported: Artifact) -> Served:
         cpus_per_replica=config.cpus_per_replica,
         dtype=config.dtype,
     )
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "forge-ray" / "models"
 
 
 def _safe(exported: Artifact) -> str:
