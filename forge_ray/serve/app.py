@@ -167,12 +167,12 @@ def application(served: Served) -> Any:
     settings = {"model_name": served.model_name, "model_dir": str(served.model_dir), "engine_kwargs": engine}
     environment = REPLICA_ENVIRONMENT | {"OMP_NUM_THREADS": str(max(1, int(served.cpus_per_replica)))}
     # Ray Serve LLM's own builder asks for 2 CPUs a replica and 1 for the ingress: on 2 CPUs it waits for ever. Here
-    # only the placement group reserves. One constructor try: a second fails alike, an engine start later.
+    # only the placement group reserves. Two constructor tries: a start failed once in some thirty.
     # Serve's graceful stop waits 2 s per round by default.
     common: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": environment}},
         "max_ongoing_requests": 1000,
-        "max_constructor_retry_count": 1,
+        "max_constructor_retry_count": 2,
         "graceful_shutdown_wait_loop_s": 0.2,
         "graceful_shutdown_timeout_s": 5,
     }
