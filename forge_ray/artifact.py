@@ -4,13 +4,14 @@
 <workspace>/blobs/<2 hex>/<sha256>                bytes, published whole
            /artifacts/<stage>/<fingerprint>.json  the manifest, written last, only if absent
            /runs/<run id>/checkpoints/<step>.json a manifest too: what is still growing
+           /memo/<stage>/<key>.json               what a piece of work gave; see `memo.py`
            /runs/<run id>/active                  there while the stage of that fingerprint runs; see `garbage`
            /refs/<name>                           a small movable name: the text "<stage>/<fingerprint>"
+           /erasures/<time>-<digest>.json         what was deleted on purpose, and why (data/erase.py)
 ```
 
 Owns digests, publishing order, resolving and verifying, refs, and garbage collection. A reader checks the SHA-256 of a
 file before it uses a byte. No blob or manifest is ever changed, and no pickle is ever read.
-Not covered: refs on object stores are last-writer-wins until compare-and-swap comes with the data engine.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import shutil
 import socket
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -151,6 +153,7 @@ class Artifact:
 
     def __init__(self, workspace: Workspace, manifest: Manifest) -> None:
         self.workspace, self.manifest = workspace, manifest
+        self._entries = {entry.name: entry for entry in manifest.files}
 
     @property
     def ref(self) -> str:
@@ -172,9 +175,8 @@ class Artifact:
         Raises:
             NotFoundError: The artifact has no such file.
         """
-        for entry in self.manifest.files:
-            if entry.name == name:
-                return entry
+        if name in self._entries:
+            return self._entries[name]
         raise NotFoundError(f"{self.ref} has no file of that name", got=name, wanted=", ".join(self.names()))
 
     def local_path(self, name: str) -> Path:
@@ -258,7 +260,7 @@ class Workspace:
         stored = self.storage.local_path(blob)
         if stored and stored.exists() and not _matches(stored, entry):
             self.storage.delete(blob)  # damaged since it was written: these are the right bytes again
-        self.storage.put_file(blob, path)
+        self.storage.put_file(blob, path, entry.sha256)
         return entry
 
     @contextlib.contextmanager
@@ -284,12 +286,33 @@ class Workspace:
         """Makes the stage's name mean this artifact."""
         self.set_ref(f"latest/{artifact.manifest.stage}", artifact.ref)
 
-    def set_ref(self, name: str, ref: str) -> None:
-        """Points a movable name at an artifact; writes nothing if it points there already."""
-        with contextlib.suppress(NotFoundError):
-            if self.storage.read_bytes(f"refs/{name}") == ref.encode():
-                return
-        self.storage.write(f"refs/{name}", ref.encode())
+    def set_ref(self, name: str, ref: str, expected: str | None = None) -> str:
+        """Points a movable name at an artifact and returns what it meant before, "" for nothing.
+
+        The rule: each move replaces exactly what it returns, by compare-and-swap, so no move is lost unseen. Without
+        `expected` the last one counts, as for `latest`; with it the ref only moves if it still means that.
+
+        Raises:
+            ArtifactError: The ref does not mean `expected` (any more); it is left as it is.
+        """
+        while True:
+            try:
+                data, version = self.storage.read_versioned(f"refs/{name}")
+            except NotFoundError:
+                data, version = b"", ""
+            found = data.decode()
+            if expected is not None and found != expected:
+                raise ArtifactError(
+                    "a ref was moved by somebody else",
+                    got=f"{name} is {found or 'not set'}",
+                    wanted=expected or "not set",
+                    do="look at what it means now, then decide again",
+                )
+            if found == ref:
+                return found
+            path, new = f"refs/{name}", ref.encode()
+            if self.storage.swap(path, new, version) if version else self.storage.create(path, new):
+                return found
 
     @contextlib.contextmanager
     def active(self, stage: str, run_id: str) -> Iterator[None]:
@@ -402,15 +425,28 @@ class Workspace:
             path = self.storage.local_path(_blob(entry.sha256)) or self._cached(entry)
             stat = path.stat()
         except (FileNotFoundError, NotFoundError):
-            raise CorruptError("a file of an artifact is missing", got=where, do=_rebuild_hint(shown)) from None
+            raise self.missing(entry, where, shown) from None
         return path, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+    def missing(self, entry: FileEntry, where: str, shown: str) -> CorruptError:
+        """The error of a blob that is not there: erased, as a record of `forge data forget --erase` says, or lost."""
+        for name in self.storage.list("erasures"):
+            data = self.storage.read_bytes(name) if name.endswith(".json") else b""
+            if entry.sha256.encode() in data:
+                record = json.loads(data)
+                return CorruptError(
+                    "a file of an artifact was erased on purpose",
+                    got=f"{where}: erased on {record['when']} by {record['who']}, see {name}",
+                    do="run the job of this artifact again: what is made of its documents now is without the erased",
+                )
+        return CorruptError("a file of an artifact is missing", got=where, do=_rebuild_hint(shown))
 
     def _cached(self, entry: FileEntry) -> Path:
         """Downloads a blob into the machine's cache."""
         folder = _made(cache_folder("blobs"))
         path = folder / entry.sha256
         if not path.exists():
-            temp = folder / f".tmp-{os.getpid()}-{entry.sha256}"
+            temp = folder / f".tmp-{uuid.uuid4().hex}"  # threads of one process may want the same blob
             try:
                 self.storage.fetch(_blob(entry.sha256), temp)
                 os.replace(temp, path)
@@ -418,10 +454,17 @@ class Workspace:
                 temp.unlink(missing_ok=True)
         return path
 
+    def has_blob(self, entry: FileEntry) -> bool:
+        """Whether a blob of that digest and size is stored; its bytes are not read."""
+        try:
+            return self.storage.size_bytes(_blob(entry.sha256)) == entry.size_bytes
+        except NotFoundError:
+            return False
+
     # -------------------------------------------------------------------------------------------------- garbage
 
     def garbage(self, grace_s: float = 3600.0, now: Callable[[], float] = time.time) -> list[tuple[str, int]]:
-        """Blobs that no manifest refers to, and leftovers of interrupted writers, as (name, bytes).
+        """Blobs that no manifest refers to, memories of them, and leftovers of interrupted writers, as (name, bytes).
 
         A running stage stores its blobs before its manifest. So what is younger than `grace_s` stays, and so does all
         that is not older than the oldest running stage: the oldest `runs/<run id>/active` of less than `ACTIVE_S`.
@@ -447,6 +490,17 @@ class Workspace:
             state = self._state(name)
             if state and state[0] < min([latest_s, *running]):
                 found.append((name, state[1]))
+        return found + self._idle_memories({name.rpartition("/")[2] for name, _ in found})
+
+    def _idle_memories(self, gone: set[str]) -> list[tuple[str, int]]:
+        """Memories (`memo.py`) of blobs that go or are gone: they are of no use any more."""
+        left = {name.rpartition("/")[2] for name in self.storage.list("blobs")} - gone
+        found = []
+        for name in self.storage.list("memo"):
+            with contextlib.suppress(NotFoundError):
+                data = self.storage.read_bytes(name)
+                if not {digest.decode() for digest in re.findall(rb'"([0-9a-f]{64})", \d', data)} <= left:
+                    found.append((name, len(data)))
         return found
 
     def _state(self, name: str) -> tuple[float, int] | None:

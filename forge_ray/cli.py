@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TextIO
 
 from forge_ray import __version__
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 STAGE_VERBS = {
     "ingest": "read documents from their sources; hold whole groups out for evaluation",
-    "tokenizer": "train the vocabulary on them",
+    "curate": "clean and deduplicate them, strip private data; the fate of each goes on record",
+    "tokenizer": "train the vocabulary on them; `forge tokenizer sweep` compares sizes and patterns",
     "tokenize": "write token shards",
     "pretrain": "train the model with Ray Train; goes on where a killed run stopped",
     "evaluate": "bits per byte on held-out documents beside baselines, and samples",
@@ -35,21 +36,38 @@ OTHER_VERBS = {
     "run": "all stages, then serve and ask once",
     "serve": "an OpenAI-compatible endpoint for JOB.yaml or an export's REF, until Ctrl-C",
     "show": "an artifact and its ancestors, or the names of all artifacts",
+    "data": "why: the fate of a document; report: of all of them; forget: leave documents out, and erase them",
     "gc": "delete what no artifact refers to",
     "config": "every field: type, default, meaning",
     "doctor": "check this machine and say what to mend",
 }
 SWITCHES = ("--dry-run", "--json", "--help", "--version")
+_OWN_SWITCHES = {"data": ("--duplicates", "--erase")}
 _OF_A_JOB = "[JOB.yaml ...] [--section.field VALUE ...] [--dry-run] [--json]"
 _USAGES = {
+    "tokenizer": "[sweep] [JOB.yaml ...] [--section.field VALUE ...] [--dry-run] [--json]",
     "serve": "JOB.yaml ... | REF [--section.field VALUE ...] [--dry-run] [--json]",
     "show": "[JOB.yaml ...] [REF] [--workspace URI] [--json]",
+    "data": """why DOC [JOB.yaml ...] [--workspace URI] [--json]
+       forge data report [JOB.yaml ... | REF] [--out FILE.html] [--examples N] [--workspace URI] [--json]
+       forge data forget DOC ... [JOB.yaml ...] [--reason TEXT] [--duplicates] [--erase] [--dry-run] [--json]""",
     "gc": "[JOB.yaml ...] [--workspace URI] [--dry-run] [--json]",
     "config": "[SECTION ...] [--json]",
     "doctor": "[JOB.yaml ...] [--section.field VALUE ...] [--json]",
 }
+_NOTES = {
+    "data": """DOC is a document's id, its beginning, its key or its source. Without JOB.yaml the latest build counts.
+report prints a summary and writes one page (./data-report.html); what it shows has passed the finders of private data.
+forget writes tombstones: the next build leaves these documents out. --duplicates takes those that say the same too.
+--erase, with JOB.yaml, makes that build now, deletes every file that holds them, and puts it on record."""
+}
 # What `forge VERB --help` lists; a stage that is not here has one section, of its own name.
-_SECTIONS = {"pretrain": ("model", "pretrain"), "serve": ("serve",), "run": ("serve",)}
+_SECTIONS = {
+    "tokenizer": ("tokenizer", "sweep"),
+    "pretrain": ("model", "pretrain"),
+    "serve": ("serve",),
+    "run": ("serve",),
+}
 
 
 def usage() -> str:
@@ -75,6 +93,7 @@ def verb_usage(verb: str) -> str:
     """The text of `forge VERB --help`: its line, its usage and the fields that it reads first."""
     line = {**STAGE_VERBS, **OTHER_VERBS}[verb]
     parts = [f"usage: forge {verb} {_USAGES.get(verb, _OF_A_JOB)}\n\n{line}"]
+    parts += [_NOTES[verb]] if verb in _NOTES else []
     sections = _SECTIONS.get(verb, (verb,) if verb in STAGE_VERBS else ())
     if sections:
         from forge_ray import settings
@@ -164,6 +183,9 @@ def parse(words: Sequence[str]) -> Words:
     flags: list[str] = []
     while rest:
         word = rest.pop(0)
+        if word in _OWN_SWITCHES.get(verb, ()):
+            switches |= {word}
+            continue
         if not word.startswith("-"):
             places.append(word)
             continue
@@ -179,12 +201,32 @@ def parse(words: Sequence[str]) -> Words:
 def _stage(words: Words) -> int:
     from forge_ray import pipeline, summary
 
+    if words.verb == "tokenizer" and words.places[:1] == ("sweep",):
+        return _sweep(words)
     resolved = _resolve(words)
     if "--dry-run" in words.switches:
         return _dry_run(words, resolved, words.verb)
     outcomes = pipeline.run(resolved.config, words.verb)
     text = summary.as_text(outcomes, resolved.config.workspace)
     _print_result(words, summary.as_json(outcomes), text)
+    return 0
+
+
+def _sweep(words: Words) -> int:
+    """The vocabulary studio: its report stands beside the stages and changes none of them."""
+    from forge_ray import pipeline
+
+    resolved = _resolve(words, words.places[1:])
+    if "--dry-run" in words.switches:
+        return _dry_run(words, resolved, "sweep")
+    artifact = pipeline.run(resolved.config, "sweep")["sweep"].artifact
+    from forge_ray.artifact import cache_folder
+    from forge_ray.evaluate import vocabulary, vocabulary_page
+
+    report = artifact.read_json(vocabulary.REPORT)
+    page = artifact.materialize(cache_folder("sweep") / artifact.manifest.fingerprint) / vocabulary.PAGE
+    text = vocabulary_page.as_text(report, str(page))
+    _print_result(words, {"ref": artifact.ref, "page": str(page), **report}, text)
     return 0
 
 
@@ -265,6 +307,107 @@ def _show(words: Words) -> int:
     return 0
 
 
+def _data(words: Words) -> int:
+    """What is asked of the ledger."""
+    verbs = {"why": _data_why, "report": _data_report, "forget": _data_forget}
+    verb = words.places[0] if words.places else ""
+    if verb not in verbs:
+        near = _near(verb, verbs)
+        raise ConfigError(
+            "what is asked of the documents?",
+            got=verb or "nothing",
+            wanted="forge data why, report or forget",
+            do=f"did you mean `forge data {near}`?" if near else "`forge data --help` tells of each",
+        )
+    if verb != "forget" and (idle := words.switches & {"--dry-run", *_OWN_SWITCHES["data"]}):
+        raise ConfigError(f"`forge data {verb}` has no such switch", got=", ".join(sorted(idle)))
+    own = {"why": (), "report": ("--out", "--examples"), "forget": ("--reason",)}[verb]
+    values, flags = _own_flags(words, own)
+    rest = replace(words, places=words.places[1:], flags=flags)
+    files = [place for place in rest.places if place.endswith((".yaml", ".yml"))]
+    names = [place for place in rest.places if place not in files]
+    return verbs[verb](rest, names, _resolve(rest, files).config, bool(files), values)
+
+
+def _data_why(words: Words, names: list[str], config: Any, is_job: bool, values: dict[str, str]) -> int:
+    from forge_ray.artifact import Workspace
+    from forge_ray.data import builds, explain
+
+    if len(names) != 1:
+        raise ConfigError("which document?", got=" ".join(names) or "none", wanted="its id, key or source")
+    workspace = Workspace(config.workspace)
+    answer = explain.why(workspace, names[0], builds.latest(workspace, config if is_job else None))
+    _print_result(words, answer.as_json(), explain.as_text(answer))
+    return 0
+
+
+def _data_report(words: Words, names: list[str], config: Any, is_job: bool, values: dict[str, str]) -> int:
+    from pathlib import Path
+
+    from forge_ray.artifact import Workspace
+    from forge_ray.data import builds, report, report_page
+
+    if len(names) > 1 or (names and is_job):
+        raise ConfigError("the report is of one build", got=" ".join(words.places), wanted="[JOB.yaml ...] or [REF]")
+    examples = values.get("--examples", "3")
+    if not examples.isdigit():
+        raise ConfigError("--examples wants a number", got=examples)
+    workspace = Workspace(config.workspace)
+    build = builds.of_ref(workspace, names[0]) if names else builds.latest(workspace, config if is_job else None)
+    found = report.gather(build, num_examples=int(examples))
+    page = Path(values.get("--out", "data-report.html"))
+    report_page.write(page, found)
+    _print_result(words, {"page": str(page), **found}, report.as_text(found) + f"\n\nAll of it: {page}")
+    return 0
+
+
+def _data_forget(words: Words, names: list[str], config: Any, is_job: bool, values: dict[str, str]) -> int:
+    from forge_ray import pipeline
+    from forge_ray.artifact import Workspace
+    from forge_ray.data import builds, erase, forget, forgetting
+
+    if not names:
+        raise ConfigError("which documents?", got="none", wanted="ids, keys or sources")
+    if "--erase" in words.switches and not is_job:
+        raise ConfigError(
+            "--erase makes the job's next build before it deletes old bytes",
+            got="no JOB.yaml",
+            do="name the job: forge data forget DOC JOB.yaml --erase",
+        )
+    workspace, dry, why = Workspace(config.workspace), "--dry-run" in words.switches, values.get("--reason", "")
+    build = builds.latest(workspace, config if is_job else None)
+    plan = forgetting.plan(workspace, names, build, "--duplicates" in words.switches)
+    stones, erased = [], None
+    if not dry:
+        stones = forget.bury(workspace, plan.rows, why)
+        if "--erase" in words.switches:
+            made = pipeline.run(config, "tokenize")
+            artifacts = [outcome.artifact for outcome in made.values()]
+            erased = erase.erase(workspace, plan.rows, why, artifacts, plan.duplicates)
+    result = forgetting.as_json(plan, stones, erased, dry)
+    _print_result(words, result, forgetting.as_text(plan, erased, dry))
+    return 0
+
+
+def _own_flags(words: Words, names: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The values of a verb's own flags, and the flags that are left for the configuration."""
+    values: dict[str, str] = {}
+    left: list[str] = []
+    flags = list(words.flags)
+    while flags:
+        word = flags.pop(0)
+        name, given, value = word.partition("=")
+        if name not in names:
+            left.append(word)
+            continue
+        if not given and flags and not flags[0].startswith("--"):
+            value = flags.pop(0)
+        if not value:
+            raise ConfigError("a flag lacks its value", got=word, wanted=f"{name} VALUE")
+        values[name] = value
+    return values, tuple(left)
+
+
 def _gc(words: Words) -> int:
     from forge_ray.artifact import Workspace
     from forge_ray.telemetry import format_bytes
@@ -321,6 +464,7 @@ VERBS = {
     "run": _run,
     "serve": _serve,
     "show": _show,
+    "data": _data,
     "gc": _gc,
     "config": _config,
     "doctor": _doctor,

@@ -133,20 +133,22 @@ def _imports() -> Check:
 
 
 def _source(config: ForgeConfig, index: int) -> Check:
-    from forge_ray.data import ingest
+    from forge_ray.data import layout
 
     name, source = f"source {index}", config.ingest.sources[index]
     try:
-        seen = ingest.observe(config.ingest.replace(sources=(source,)))["sources"][0]
+        rows = layout.reader(source).listing(source)
     except (ForgeError, metadata.PackageNotFoundError) as error:
         text, do = (error.what, error.do) if isinstance(error, ForgeError) else (str(error), "make venv")
         return Check(name, False, f"{_label(source)}: {text}", do or f"mend ingest.sources.{index}")
-    held = f"{seen['files']} files, {format_bytes(seen['bytes'])}" if "files" in seen else seen.get("version", "found")
-    return Check(name, True, f"{_label(source)}: {held}")
+    if source.kind == "botocore":
+        return Check(name, True, f"botocore {rows[0]['state']}: {len(rows)} services")
+    size = format_bytes(sum(row["size"] for row in rows))
+    return Check(name, True, f"{_label(source)}: {len(rows)} files, {size}")
 
 
 def _label(source: Source) -> str:
-    return source.uri if source.kind == "files" else source.kind
+    return source.kind if source.kind == "botocore" else source.uri
 
 
 def _cluster_addresses(configured: str) -> list[str]:
@@ -237,12 +239,67 @@ def _probe_store(storage: Storage) -> None:
 
 
 def _store(scheme: str, package: str) -> Check:
-    return Check(
-        f"{scheme}://",
-        _installed(package),
-        f"{package} {metadata.version(package)}" if _installed(package) else "not installed",
-        f"pip install {package}",
+    name = f"{scheme}://"
+    if not _installed(package):
+        return Check(name, False, "not installed", f"pip install {package}")
+    found = [f"{package} {metadata.version(package)}", _endpoint_of(scheme), _credentials(scheme)]
+    return Check(name, True, "; ".join(filter(None, found)))
+
+
+def _endpoint_of(scheme: str) -> str:
+    names = {"s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), "gs": ("STORAGE_EMULATOR_HOST",)}.get(scheme, ())
+    name = next((name for name in names if os.environ.get(name)), "")
+    return f"endpoint {os.environ[name].rpartition('@')[2]} ({name})" if name else ""
+
+
+def _credentials(scheme: str) -> str:
+    """Where the client will find credentials, without asking anybody; no secret is in it."""
+    from forge_ray.stores import unsigned
+
+    if unsigned(scheme):
+        return "no credentials, as *_NO_SIGN_REQUEST asks"
+    return {"s3": _aws, "gs": _google, "abfs": _azure}[scheme]()
+
+
+def _given(*names: str) -> bool:
+    return all(os.environ.get(name) for name in names)
+
+
+def _aws() -> str:
+    profile = os.environ.get("AWS_PROFILE", "")
+    if _given("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") and not profile:
+        return "key from AWS_ACCESS_KEY_ID"
+    if _given("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_ARN"):
+        return f"role {os.environ['AWS_ROLE_ARN']}"
+    path = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")).expanduser()
+    if profile or path.is_file():
+        return f"profile {profile or 'default'} of {path}"
+    return "no key or profile: the machine's role, if it has one"
+
+
+def _google() -> str:
+    path = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS", "")
+    if path:
+        missing = "" if Path(path).is_file() else ", which does not exist"
+        return f"file {path} (GOOGLE_APPLICATION_CREDENTIALS){missing}"
+    if _given("STORAGE_EMULATOR_HOST"):
+        return "no credentials, as it is an emulator"
+    path = (
+        Path(os.environ.get("CLOUDSDK_CONFIG", "~/.config/gcloud")).expanduser()
+        / "application_default_credentials.json"
     )
+    return f"file {path}" if path.is_file() else "no file: the machine's service account, if it has one"
+
+
+def _azure() -> str:
+    if _given("AZURE_STORAGE_CONNECTION_STRING"):
+        return "AZURE_STORAGE_CONNECTION_STRING"
+    account = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", "")
+    of = f"account {account}" if account else "the URI's account (AZURE_STORAGE_ACCOUNT_NAME is not set)"
+    for name in ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_CLIENT_ID"):
+        if _given(name):
+            return f"{of} with {name}"
+    return f"{of} with the machine's identity or login (DefaultAzureCredential)"
 
 
 def _installed(name: str) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 from forge_ray import __version__
 from forge_ray.artifact import Artifact, Manifest, Workspace, fingerprint
 from forge_ray.config import ForgeConfig
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ArtifactError, ConfigError
 from forge_ray.telemetry import format_s, say
 
 _LIBRARIES = (
@@ -43,8 +43,9 @@ class Stage:
     """One box of the picture.
 
     `config` is the piece of configuration that its fingerprint holds; `observe` gives what is found or chosen
-    automatically; `call` runs it. `module` is imported only when the stage is planned or run, so that light commands
-    stay light.
+    automatically; `call` runs it. `lineage` names the ref of the newest artifact of a configuration, whatever the
+    documents were; where `keep` says so, that artifact is used again although they have changed. `module` is imported
+    only when the stage is planned or run, so that light commands stay light.
     """
 
     name: str
@@ -52,7 +53,9 @@ class Stage:
     inputs: tuple[str, ...]
     config: Callable[[ForgeConfig], dict[str, Any]]
     call: Callable[[Any, ForgeConfig, dict[str, Artifact], Workspace, Planned], tuple[list[Any], dict[str, Any]]]
-    observe: Callable[[Any, ForgeConfig], dict[str, Any]] = lambda module, config: {}
+    observe: Callable[[Any, ForgeConfig, Workspace], dict[str, Any]] = lambda module, config, workspace: {}
+    lineage: Callable[[Any, ForgeConfig], str] | None = None
+    keep: Callable[[ForgeConfig], bool] = lambda config: False
 
     def load(self) -> Any:
         """Its module."""
@@ -82,21 +85,32 @@ STAGES: tuple[Stage, ...] = (
         (),
         config=lambda c: c.ingest.fingerprinted(),
         call=lambda m, c, i, w, p: m.run(c.ingest, w, frozen=p.frozen),
-        observe=lambda m, c: m.observe(c.ingest),
+        observe=lambda m, c, w: m.observe(c.ingest, w),
+        lineage=lambda m, c: m.lineage(c.ingest),
+    ),
+    Stage(
+        "curate",
+        "forge_ray.data.curate",
+        ("ingest",),
+        config=lambda c: c.curate.fingerprinted(),
+        call=lambda m, c, i, w, p: m.run(c.curate, i["ingest"], w),
+        observe=lambda m, c, w: m.observe(c.curate),
     ),
     Stage(
         "tokenizer",
         "forge_ray.data.tokenizer",
-        ("ingest",),
+        ("curate",),
         config=lambda c: c.tokenizer.fingerprinted(),
-        call=lambda m, c, i, w, p: m.run(c.tokenizer, i["ingest"], w),
+        call=lambda m, c, i, w, p: m.run(c.tokenizer, i["curate"], w),
+        lineage=lambda m, c: _vocabulary_lineage(c),
+        keep=lambda c: c.tokenizer.keep,
     ),
     Stage(
         "tokenize",
         "forge_ray.data.shards",
-        ("ingest", "tokenizer"),
+        ("curate", "tokenizer"),
         config=lambda c: c.tokenize.fingerprinted(),
-        call=lambda m, c, i, w, p: m.run(c.tokenize, i["ingest"], i["tokenizer"], w),
+        call=lambda m, c, i, w, p: m.run(c.tokenize, i["curate"], i["tokenizer"], w),
     ),
     Stage(
         "pretrain",
@@ -106,25 +120,34 @@ STAGES: tuple[Stage, ...] = (
         call=lambda m, c, i, w, p: m.run(
             c.model, c.pretrain, i["tokenize"], w, run_id=p.fingerprint, frozen=dict(p.frozen)
         ),
-        observe=lambda m, c: m.observe(c.pretrain),
+        observe=lambda m, c, w: m.observe(c.pretrain),
     ),
     Stage(
         "evaluate",
         "forge_ray.evaluate.quality",
-        ("ingest", "tokenizer", "tokenize", "pretrain"),
+        ("curate", "tokenizer", "tokenize", "pretrain"),
         config=lambda c: c.evaluate.fingerprinted(),
         call=lambda m, c, i, w, p: m.run(c.evaluate, c.model, c.pretrain.seq_len, i, w),
-        observe=lambda m, c: m.observe(c.evaluate),
+        observe=lambda m, c, w: m.observe(c.evaluate),
     ),
     Stage(
         "export",
         "forge_ray.serve.export",
-        ("ingest", "tokenizer", "tokenize", "pretrain", "evaluate"),
+        ("ingest", "curate", "tokenizer", "tokenize", "pretrain", "evaluate"),
         config=lambda c: c.export.fingerprinted(),
         call=lambda m, c, i, w, p: m.run(c.export, c.model, c.pretrain.seq_len, i, w),
     ),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
+# Beside the way to the export: a study of the documents, which changes nothing else (`forge tokenizer sweep`).
+SWEEP = Stage(
+    "sweep",
+    "forge_ray.evaluate.vocabulary",
+    ("curate",),
+    config=lambda c: {name: getattr(c, name).fingerprinted() for name in ("sweep", "tokenizer", "model", "pretrain")},
+    call=lambda m, c, i, w, p: m.run(c, i["curate"], w),
+    observe=lambda m, c, w: m.observe(c.sweep),
+)
 
 
 @dataclass(frozen=True)
@@ -152,13 +175,36 @@ def plan(config: ForgeConfig, until: str = "export") -> list[Planned]:
     workspace = Workspace(config.workspace)
     wanted = _ancestors(until)
     planned: dict[str, Planned] = {}
-    for stage in (s for s in STAGES if s.name in wanted):
+    for stage in (s for s in (*STAGES, SWEEP) if s.name in wanted):
         module = stage.load()
-        frozen = stage.observe(module, config)
+        kept = _kept(stage, module, config, workspace)
+        if kept:
+            planned[stage.name] = kept
+            continue
+        frozen = stage.observe(module, config, workspace)
         inputs = {role: planned[role].fingerprint for role in stage.inputs}
         name = fingerprint(stage.name, module.FORMAT_VERSION, stage.config(config), inputs, frozen)
         planned[stage.name] = Planned(stage, name, frozen, inputs, workspace.has(f"{stage.name}/{name}"))
     return list(planned.values())
+
+
+def _kept(stage: Stage, module: Any, config: ForgeConfig, workspace: Workspace) -> Planned | None:
+    """The newest artifact of a lineage, where the stage keeps it although its inputs have changed."""
+    if not stage.lineage or not stage.keep(config):
+        return None
+    try:
+        manifest = workspace.resolve(stage.lineage(module, config)).manifest
+    except ArtifactError:
+        return None
+    return Planned(stage, manifest.fingerprint, manifest.frozen, manifest.inputs, True)
+
+
+def _vocabulary_lineage(config: ForgeConfig) -> str:
+    """The ref of the newest vocabulary of a job, whatever its sources held then."""
+    sections = {"ingest": config.ingest, "curate": config.curate, "tokenizer": config.tokenizer}
+    parts = {name: section.fingerprinted() for name, section in sections.items()}
+    version = importlib.import_module("forge_ray.data.tokenizer").FORMAT_VERSION
+    return f"lineage/tokenizer/{fingerprint('tokenizer', version, parts, {}, {})}"
 
 
 def run(config: ForgeConfig, until: str = "export", stack: ExitStack | None = None) -> dict[str, Outcome]:
@@ -178,7 +224,7 @@ def run(config: ForgeConfig, until: str = "export", stack: ExitStack | None = No
         for planned in plan(config, until):
             if planned.published:
                 outcomes[planned.stage.name] = Outcome(workspace.get(planned.ref), True, 0.0)
-                workspace.set_latest(outcomes[planned.stage.name].artifact)
+                _point_at(planned.stage, config, outcomes[planned.stage.name].artifact)
                 say(f"{planned.stage.name}: published already, {planned.ref}")
                 continue
             (stack or own).enter_context(cluster(config.ray))
@@ -207,8 +253,16 @@ def _run_stage(planned: Planned, config: ForgeConfig, workspace: Workspace, done
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )
         )
+    _point_at(planned.stage, config, artifact)
     say(f"{planned.stage.name}: published {artifact.ref} in {format_s(wall_s)}")
     return Outcome(artifact, False, wall_s)
+
+
+def _point_at(stage: Stage, config: ForgeConfig, artifact: Artifact) -> None:
+    """Makes the stage's name, and the lineage's where it has one, mean this artifact."""
+    artifact.workspace.set_latest(artifact)
+    if stage.lineage:
+        artifact.workspace.set_ref(stage.lineage(stage.load(), config), artifact.ref)
 
 
 def lineage(artifact: Artifact) -> Iterator[Artifact]:
@@ -224,7 +278,7 @@ def lineage(artifact: Artifact) -> Iterator[Artifact]:
 
 
 def _ancestors(name: str) -> set[str]:
-    stage = next(s for s in STAGES if s.name == name)
+    stage = next(s for s in (*STAGES, SWEEP) if s.name == name)
     return {name}.union(*(_ancestors(role) for role in stage.inputs))
 
 

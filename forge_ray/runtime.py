@@ -21,6 +21,7 @@ from typing import Any
 
 from forge_ray.config import RayConfig
 from forge_ray.errors import ConfigError, ForgeError, StorageError
+from forge_ray.memo import Memo
 from forge_ray.telemetry import Progress, say
 
 # Set before ray is imported: no usage reports, no cloud metadata probes, Train's state kept for the dashboard's API.
@@ -75,7 +76,10 @@ def cluster(config: RayConfig) -> Iterator[None]:
 
 
 def map_rows(
-    name: str, task: Callable[[dict[str, Any]], list[dict[str, Any]]], rows: Sequence[dict[str, Any]]
+    name: str,
+    task: Callable[[dict[str, Any]], list[dict[str, Any]]],
+    rows: Sequence[dict[str, Any]],
+    memo: Memo | None = None,
 ) -> list[dict[str, Any]]:
     """Runs `task` on every row with Ray Data and returns all that it gives, in the rows' order.
 
@@ -86,6 +90,7 @@ def map_rows(
         name: Shown in progress and on the dashboard.
         task: A picklable function from a row to a list of rows.
         rows: Each names a piece of the work.
+        memo: Where what a row gave is remembered; a row that is remembered is not computed again.
     """
     import ray
     from ray.data import DataContext
@@ -103,7 +108,7 @@ def map_rows(
     results: list[dict[str, Any]] = []
     stop = ray.remote(num_cpus=0)(_Stop).remote()
     with Progress(name, len(rows)) as progress:
-        for done, row in enumerate(dataset.map(_Piece(task, stop)).iter_rows(), start=1):
+        for done, row in enumerate(dataset.map(_Piece(task, stop, memo)).iter_rows(), start=1):
             found, error = row["out"]
             if error is not None and first_error is None:
                 first_error = error
@@ -141,8 +146,10 @@ class _Piece:
     mended by the retries that it would get.
     """
 
-    def __init__(self, task: Callable[[dict[str, Any]], list[dict[str, Any]]], stop: Any) -> None:
-        self.task, self.stop = task, stop
+    def __init__(
+        self, task: Callable[[dict[str, Any]], list[dict[str, Any]]], stop: Any, memo: Memo | None = None
+    ) -> None:
+        self.task, self.stop, self.memo = task, stop, memo
         self.__name__ = getattr(task, "__name__", type(task).__name__)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -151,9 +158,17 @@ class _Piece:
         if ray.get(self.stop.is_set.remote()):
             return {"out": ([], None)}
         try:
-            return {"out": (self.task(row), None)}
+            return {"out": (self._remembered(row), None)}
         except ForgeError as error:
             return {"out": ([], error)}
+
+    def _remembered(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        found = self.memo.get(row) if self.memo else None
+        if found is None:
+            found = self.task(row)
+            if self.memo:
+                self.memo.put(row, found)
+        return found
 
 
 @contextlib.contextmanager
@@ -234,22 +249,30 @@ def _no_answer(address: str, error: Exception) -> ConfigError:
 
 
 def _start(ray: Any, config: RayConfig, folder: Path) -> Any:
-    try:
-        return ray.init(
-            address="local",
-            num_cpus=config.num_cpus,
-            object_store_memory=config.object_store_bytes,
-            include_dashboard=config.dashboard,
-            dashboard_host="127.0.0.1",
-            job_config=_job_config(ray),
-            dashboard_port=_free_port(config.dashboard_port) if config.dashboard else None,
-            _temp_dir=str(folder),
-            log_to_driver=False,
-            logging_level="warning",
-            namespace="forge",
-        )
-    except OSError as error:
-        raise _no_room(error, folder) from None
+    first = config.dashboard_port
+    while True:
+        port = _free_port(first) if config.dashboard else None
+        try:
+            return ray.init(
+                address="local",
+                num_cpus=config.num_cpus,
+                object_store_memory=config.object_store_bytes,
+                include_dashboard=config.dashboard,
+                dashboard_host="127.0.0.1",
+                job_config=_job_config(ray),
+                dashboard_port=port,
+                _temp_dir=str(folder),
+                log_to_driver=False,
+                logging_level="warning",
+                namespace="forge",
+            )
+        except OSError as error:
+            raise _no_room(error, folder) from None
+        except ValueError as error:
+            # Another process took the port after it was found free.
+            if port is None or str(port) not in str(error):
+                raise
+            first = port + 1
 
 
 @contextlib.contextmanager

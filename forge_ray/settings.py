@@ -1,6 +1,6 @@
 """Where configuration values come from: defaults < YAML files left to right < `FORGE_*` variables < `--a.b` flags.
 
-Owns reading, merging and remembering the origin of every value. Does not own the schema (`config.py`).
+Owns reading, merging and remembering the origin of every value. Does not own the schema (`config/`).
 Each trap of the libraries beneath is an error here: a missing or empty file, a key given twice, a variable or flag
 that names no field, a union whose kind changes while values of the old kind remain.
 
@@ -288,6 +288,8 @@ def _check_path(parts: list[str], where: str) -> None:
             )
             hint = f"did you mean {near[0]}?" if near else "`forge config` lists every field"
             raise ConfigError(f"{where} names no field", got=".".join(parts), do=hint)
+        if get_origin(fields[part].annotation) is dict and len(parts) <= depth + 2:
+            return  # a key of the user's own
         models = _models_of(fields[part].annotation)
 
 

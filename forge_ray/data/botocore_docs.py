@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from html import unescape
 from importlib import metadata, resources
 from typing import Any
@@ -20,16 +20,12 @@ from forge_ray.data.formats import Document, Skipped
 from forge_ray.errors import DataError
 
 LICENCE = "Apache-2.0"
-SERVICES_PER_UNIT = 16
+_KEY, _FILE = "botocore:", "service-2.json.gz"
+_UNPACKED = 10  # how many times larger the text is than the packed description
 
 
-def observe(source: BotocoreSource) -> dict[str, Any]:
-    """The installed version, which decides every byte."""
-    return {"package": "botocore", "version": metadata.version("botocore"), "services": list(source.services)}
-
-
-def units(source: BotocoreSource) -> list[dict[str, Any]]:
-    """A few services each.
+def listing(source: BotocoreSource) -> list[dict[str, Any]]:
+    """A row for each service: its name, about the size of its text, and the installed version.
 
     Raises:
         DataError: A named service is not in the package.
@@ -43,24 +39,30 @@ def units(source: BotocoreSource) -> list[dict[str, Any]]:
             wanted=f"names such as {', '.join(every[:4])}",
             do="mend ingest.sources.services",
         )
-    names = sorted(source.services) or every
-    # Round robin, so that no unit gets all of the large services.
-    count = -(-len(names) // SERVICES_PER_UNIT)
-    return [{"kind": "botocore", "services": names[i::count]} for i in range(count)]
+    version = metadata.version("botocore")
+    return [
+        {"name": name, "key": f"{_KEY}{name}", "size": _size(name), "state": version}
+        for name in sorted(source.services) or every
+    ]
+
+
+def unit(source: BotocoreSource, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `read` needs to read these services."""
+    return {"kind": "botocore", "services": [row["name"] for row in rows]}
 
 
 def read(unit: dict[str, Any], config: IngestConfig) -> Iterator[Document | Skipped]:
     """A document for each operation of the unit's services."""
     for service in unit["services"]:
-        versions = sorted(v.name for v in (_data() / service).iterdir() if (v / "service-2.json.gz").is_file())
+        versions = _versions(service)
         if not versions:
-            yield Skipped(f"botocore:{service}", "unreadable: no service-2.json.gz")
+            yield Skipped(f"{_KEY}{service}", "unreadable: no service-2.json.gz")
             continue
-        raw = (_data() / service / versions[-1] / "service-2.json.gz").read_bytes()
+        raw = (_data() / service / versions[-1] / _FILE).read_bytes()
         description = json.loads(gzip.decompress(raw))
         for name in sorted(description["operations"]):
             text = operation_text(description, name)
-            place = f"botocore:{service}/{versions[-1]}/{name}"
+            place = f"{_KEY}{service}/{versions[-1]}/{name}"
             yield Document(place, place, service, LICENCE, text)
 
 
@@ -105,6 +107,15 @@ def plain(html: str) -> str:
     lines = (" ".join(line.split()) for line in text.split("\n"))
     joined = "\n".join(line for line in lines if line)
     return re.sub(r"(?m)^-\n", "- ", joined)
+
+
+def _versions(service: str) -> list[str]:
+    return sorted(v.name for v in (_data() / service).iterdir() if (v / _FILE).is_file())
+
+
+def _size(service: str) -> int:
+    versions = _versions(service)
+    return _UNPACKED * len((_data() / service / versions[-1] / _FILE).read_bytes()) if versions else 0
 
 
 def _data() -> Any:

@@ -1,11 +1,19 @@
 """Ingest: documents from sources into one Parquet layout, whole groups of them held out for evaluation.
 
-Owns reading (`read_documents` in `formats.py` and `botocore_docs.py` do the parsing), document ids, the hold-out and
-the account of what was skipped. Does not clean or deduplicate.
+Owns document ids, the hold-out and the account of what was skipped or is to be forgotten. Which files are read together
+is `layout.py`, reading them `formats.py` and `botocore_docs.py`. Does not clean or deduplicate (`curate.py`).
 
-Parts are `train-00000.parquet`, `heldout-00000.parquet` ... with the columns of `SCHEMA_FIELDS`; `skipped.json` lists
-each document that was left out, with the reason. Ids and groups hold no absolute path: a corpus that moves to another
-folder or store keeps both.
+The artifact:
+
+```
+train-00000.parquet, heldout-00000.parquet ...   documents of one source each, with the columns of SCHEMA_FIELDS
+ledger-skipped-00000.parquet ...                 what was left out, and why (ledger.py)
+parts.json                                       for each part: split, generation, origin, documents, bytes
+layout.parquet                                   which files were read together
+```
+
+Ids and groups hold no absolute path: a corpus that moves to another folder or store keeps both. Work is done by units
+of files and remembered (`memo.py`): what was read is not read again when files are added or a run was killed.
 """
 
 from __future__ import annotations
@@ -13,39 +21,60 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from forge_ray.artifact import FileEntry, Workspace
-from forge_ray.config import BotocoreSource, FilesSource, IngestConfig
-from forge_ray.data import botocore_docs, formats
+from forge_ray.artifact import Artifact, FileEntry, Workspace, digest_bytes
+from forge_ray.config import BotocoreSource, IngestConfig, Source
+from forge_ray.data import forget, layout, ledger
 from forge_ray.data.formats import LARGE, SHORT, Document, Skipped
 from forge_ray.errors import DataError
+from forge_ray.memo import Memo
 from forge_ray.runtime import map_rows
 from forge_ray.telemetry import format_bytes, say
 
-SCHEMA_FIELDS = ("id", "group", "source", "licence", "text")
-FORMAT_VERSION = 2
+SCHEMA_FIELDS = ("id", "key", "group", "origin", "source", "licence", "language", "created", "metadata", "text")
+FORMAT_VERSION = 3
+PARTS = "parts.json"
+SPLITS = ("train", "heldout")
 _SHOWN_SKIPS = 3
+_SHOWN_GROUPS = 100
 
 
-def observe(config: IngestConfig) -> dict[str, Any]:
-    """The state of every source now: what the fingerprint holds instead of a mutable URI.
+@dataclass(frozen=True)
+class Part:
+    """A row of `parts.json`."""
 
-    Returns:
-        For each source its listing's digest (names, sizes, and times or ETags) or its package's version.
+    name: str
+    split: str
+    generation: int
+    origin: str
+    documents: int
+    bytes: int
+
+
+def observe(config: IngestConfig, workspace: Workspace) -> dict[str, Any]:
+    """The state of every source now and what is to be forgotten: what the fingerprint holds instead of a mutable URI.
 
     Raises:
         ConfigError: No source is configured.
         StorageError: A source does not exist or cannot be listed.
         DataError: A source holds no readable file.
     """
+    units = layout.plan(config, workspace)
     return {
-        "sources": [
-            botocore_docs.observe(s) if isinstance(s, BotocoreSource) else formats.observe(s) for s in config.sources
-        ]
+        "layout": layout.digest(units),
+        "files": sum(len(unit.rows) for unit in units),
+        "bytes": sum(unit.num_bytes for unit in units),
+        "generations": 1 + max(unit.generation for unit in units),
+        "forgotten": sorted({i for ids in _forgotten(units, forget.tombstones(workspace)).values() for i in ids}),
     }
+
+
+def lineage(config: IngestConfig) -> str:
+    """The ref that points at this configuration's newest artifact."""
+    return layout.lineage(config)
 
 
 def run(
@@ -66,28 +95,41 @@ def run(
             while it was read.
         StorageError: A file cannot be read.
     """
-    frozen = frozen if frozen is not None else observe(config)
-    units = [unit for source in config.sources for unit in _units(source)]
-    results = map_rows("ingest", _Reader(config, workspace), units)
-    _check_unchanged(config, frozen)
-    files, skipped = [], []
-    totals = {split: {"parts": 0, "documents": 0, "bytes": 0} for split in ("train", "heldout")}
-    groups: dict[str, set[str]] = {"train": set(), "heldout": set()}
-    for row in results:
-        skipped += row["skipped"]
-        for part in row["parts"]:
-            split, total = part["split"], totals[part["split"]]
-            files.append(replace(part["entry"], name=f"{split}-{total['parts']:05d}.parquet"))
-            total["parts"] += 1
-            total["documents"] += part["documents"]
-            total["bytes"] += part["bytes"]
-            groups[split].update(part["groups"])
-    metrics = _metrics(totals, groups, skipped)
-    _report_skips(skipped)
-    _check(config, metrics, skipped)
-    listed = [{"source": item.source, "reason": item.reason} for item in skipped]
-    files.append(workspace.put_bytes("skipped.json", json.dumps(listed, indent=1).encode()))
+    units = layout.plan(config, workspace)
+    frozen = frozen if frozen is not None else observe(config, workspace)
+    if layout.digest(units) != frozen["layout"]:
+        raise _changed(config)
+    stones = [stone for stone in forget.tombstones(workspace) if stone["id"] in frozen["forgotten"]]
+    forgotten = _forgotten(units, stones)
+    read = config.fingerprinted()
+    read.pop("sources")
+    memo = Memo(workspace, "ingest", FORMAT_VERSION, read)
+    results = map_rows("ingest", _Reader(config, workspace), [_row(config, unit, forgotten) for unit in units], memo)
+    if layout.digest(layout.plan(config, workspace)) != frozen["layout"]:
+        raise _changed(config)
+    files, parts = _named(results, units)
+    skips = _Skips(results)
+    metrics = _metrics(config, parts, results, skips)
+    skips.report()
+    _check(config, metrics, skips)
+    files.append(workspace.put_bytes(PARTS, json.dumps([asdict(part) for part in parts]).encode()))
+    files.append(layout.store(workspace, units))
     return files, metrics
+
+
+def parts_of(documents: Artifact) -> list[Part]:
+    """What an artifact of documents says of its parts."""
+    return [Part(**row) for row in documents.read_json(PARTS)]
+
+
+def by_origin(parts: Sequence[Part]) -> dict[str, dict[str, int]]:
+    """Documents and bytes of each source."""
+    totals: dict[str, dict[str, int]] = {}
+    for part in parts:
+        row = totals.setdefault(part.origin, {"documents": 0, "bytes": 0})
+        row["documents"] += part.documents
+        row["bytes"] += part.bytes
+    return totals
 
 
 def held_out(config: IngestConfig, group: str) -> bool:
@@ -103,8 +145,20 @@ def document_id(document: Document) -> str:
     return hashlib.sha256(f"{document.key}\0{document.text}".encode()).hexdigest()[:16]
 
 
-def _units(source: BotocoreSource | FilesSource) -> list[dict[str, Any]]:
-    return botocore_docs.units(source) if isinstance(source, BotocoreSource) else formats.units(source)
+def _forgotten(units: list[layout.Unit], stones: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """What is to be forgotten in each file that is read here; tombstones of other corpora do not matter to it."""
+    return forget.by_file(stones, {row["key"] for unit in units for row in unit.rows}) if stones else {}
+
+
+def _row(config: IngestConfig, unit: layout.Unit, forgotten: Mapping[str, list[str]]) -> dict[str, Any]:
+    source = config.sources[unit.source]
+    return {
+        "unit": layout.reader(source).unit(source, unit.rows),
+        "states": [row["state"] for row in unit.rows],
+        "botocore": isinstance(source, BotocoreSource),
+        "origin": layout.origin(source),
+        "forget": sorted({i for row in unit.rows for i in forgotten.get(row["key"], ())}),
+    }
 
 
 class _Reader:
@@ -115,21 +169,28 @@ class _Reader:
     def __init__(self, config: IngestConfig, workspace: Workspace) -> None:
         self.config, self.workspace = config, workspace
 
-    def __call__(self, unit: dict[str, Any]) -> list[dict[str, Any]]:
-        reader = botocore_docs.read if unit["kind"] == "botocore" else formats.read
+    def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        from forge_ray.data import botocore_docs, formats
+
+        reader = botocore_docs if row["botocore"] else formats
         parts: list[dict[str, Any]] = []
-        skipped: list[Skipped] = []
-        open_parts = {split: _Part(split, self.workspace) for split in ("train", "heldout")}
-        for item in self._checked(reader(unit, self.config)):
+        skipped = _SkippedRows(row["origin"])
+        open_parts = {split: _Part(split, row["origin"], self.workspace) for split in SPLITS}
+        forgotten = frozenset(row["forget"])
+        for item in self._checked(reader.read(row["unit"], self.config)):
             if isinstance(item, Skipped):
-                skipped.append(item)
+                skipped.add(item)
+                continue
+            doc_id = document_id(item)
+            if doc_id in forgotten:
+                skipped.add_forgotten(doc_id, item)
                 continue
             part = open_parts["heldout" if held_out(self.config, item.group) else "train"]
-            part.add(item)
+            part.add(doc_id, item)
             if part.num_bytes >= self.config.part_bytes:
-                parts.append(part.store())
-        parts += [part.store() for part in open_parts.values() if part.rows]
-        return [{"parts": parts, "skipped": skipped}]
+                parts.append(part.store(self.config))
+        parts += [part.store(self.config) for part in open_parts.values() if part.num_rows]
+        return [{"parts": parts, "origin": row["origin"], "skipped": skipped.store(self.workspace)}]
 
     def _checked(self, items: Iterator[Document | Skipped]) -> Iterator[Document | Skipped]:
         for item in items:
@@ -144,87 +205,173 @@ class _Reader:
 class _Part:
     """Documents of one split on their way into one Parquet blob."""
 
-    def __init__(self, split: str, workspace: Workspace) -> None:
-        self.split, self.workspace = split, workspace
+    def __init__(self, split: str, origin: str, workspace: Workspace) -> None:
+        self.split, self.origin, self.workspace = split, origin, workspace
         self._clear()
 
     def _clear(self) -> None:
-        self.rows: list[dict[str, str]] = []
-        self.num_bytes = 0
+        self.columns: dict[str, list[str]] = {name: [] for name in SCHEMA_FIELDS}
+        self.num_bytes = self.num_rows = 0
 
-    def add(self, document: Document) -> None:
-        self.rows.append(
-            {
-                "id": document_id(document),
-                "group": document.group,
-                "source": document.source,
-                "licence": document.licence,
-                "text": document.text,
-            }
-        )
+    def add(self, doc_id: str, document: Document) -> None:
+        d = document
+        row = (doc_id, d.key, d.group, self.origin, d.source, d.licence, d.language, d.created, d.metadata, d.text)
+        for column, value in zip(self.columns.values(), row, strict=True):
+            column.append(value)
         self.num_bytes += len(document.text.encode())
+        self.num_rows += 1
 
-    def store(self) -> dict[str, Any]:
+    def store(self, config: IngestConfig) -> dict[str, Any]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = pa.table({name: [row[name] for row in self.rows] for name in SCHEMA_FIELDS})
         with self.workspace.new_file(self.split) as build:
-            pq.write_table(table, build.stream, compression="zstd")
+            pq.write_table(pa.table(self.columns), build.stream, compression="zstd", row_group_size=4096)
+        groups = set(self.columns["group"])
         row = {
             "split": self.split,
             "entry": build.entry,
-            "documents": len(self.rows),
+            "documents": self.num_rows,
             "bytes": self.num_bytes,
-            "groups": sorted({row["group"] for row in self.rows}),
+            "groups": sorted(digest_bytes(group.encode())[:16] for group in groups) if self.split == "heldout" else [],
+            "examples": sorted(groups)[:_SHOWN_GROUPS] if self.split == "heldout" else [],
+            "named": sorted(groups.intersection(config.held_out_groups)),
         }
         self._clear()
         return row
 
 
-def _check_unchanged(config: IngestConfig, frozen: Mapping[str, Any]) -> None:
+class _SkippedRows:
+    """What a unit left out, on its way into the ledger."""
+
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+        self.counts: Counter[str] = Counter()
+        self.first: list[list[str]] = []
+        self.unreadable: list[list[str]] = []
+        self.num_unreadable = 0
+        self.columns: dict[str, list[Any]] = {
+            name: [] for name in ("id", "key", "origin", "source", "fate", "step", "reason", "detail")
+        }
+
+    def add(self, item: Skipped) -> None:
+        """Something that is no document that can be used; its id names its place alone."""
+        self.counts[item.kind] += 1
+        shown = [item.source, item.reason, item.kind]
+        if len(self.first) < _SHOWN_SKIPS:
+            self.first.append(shown)
+        if item.unreadable:
+            self.num_unreadable += 1
+            if len(self.unreadable) < _SHOWN_SKIPS:
+                self.unreadable.append(shown)
+        place = digest_bytes(item.source.encode())[:16]
+        self._row(place, "", item.source, ledger.SKIPPED, item.kind, item.detail)
+
+    def add_forgotten(self, doc_id: str, document: Document) -> None:
+        """A document with a tombstone."""
+        self.counts[ledger.FORGOTTEN] += 1
+        self._row(doc_id, document.key, document.source, ledger.FORGOTTEN, "tombstone", "")
+
+    def _row(self, doc_id: str, key: str, source: str, fate: str, reason: str, detail: str) -> None:
+        row = (doc_id, key, self.origin, source, fate, "ingest", reason, detail)
+        for column, value in zip(self.columns.values(), row, strict=True):
+            column.append(value)
+
+    def store(self, workspace: Workspace) -> dict[str, Any]:
+        """Its counts and, if there is any, its blob."""
+        entry = ledger.store(workspace, "skipped", ledger.table(self.columns)) if self.columns["id"] else None
+        return {
+            "entry": entry,
+            "counts": dict(self.counts),
+            "first": self.first,
+            "unreadable": self.unreadable,
+            "num_unreadable": self.num_unreadable,
+        }
+
+
+def _named(results: list[dict[str, Any]], units: list[layout.Unit]) -> tuple[list[FileEntry], list[Part]]:
+    """The files under the names that the manifest will give them: older generations first, so that names stay."""
+    files: list[FileEntry] = []
+    parts: list[Part] = []
+    numbers: Counter[str] = Counter()
+    for result, unit in zip(results, units, strict=True):
+        for row in result["parts"]:
+            name = f"{row['split']}-{numbers[row['split']]:05d}.parquet"
+            numbers[row["split"]] += 1
+            files.append(replace(row["entry"], name=name))
+            part = Part(name, row["split"], unit.generation, result["origin"], row["documents"], row["bytes"])
+            parts.append(part)
+        if result["skipped"]["entry"]:
+            name = f"{ledger.PREFIX}skipped-{numbers['skipped']:05d}.parquet"
+            numbers["skipped"] += 1
+            files.append(replace(result["skipped"]["entry"], name=name))
+    return files, parts
+
+
+def _changed(config: IngestConfig) -> DataError:
     """The fingerprint names what the sources were when the stage was planned; what was read must be that."""
-    changed = [
-        _shown(source)
-        for source, before, now in zip(config.sources, frozen["sources"], observe(config)["sources"], strict=True)
-        if before != now
-    ]
-    if changed:
-        raise DataError(
-            "a source changed while it was read, so what was read is neither the old state nor the new",
-            got=", ".join(changed),
-            do="run the same command again, once nothing writes there",
-        )
+    return DataError(
+        "a source changed while it was read, so what was read is neither the old state nor the new",
+        got=", ".join(_shown(source) for source in config.sources),
+        do="run the same command again, once nothing writes there: what did not change is not read again",
+    )
 
 
-def _shown(source: BotocoreSource | FilesSource) -> str:
-    return source.uri if isinstance(source, FilesSource) else "botocore"
+def _shown(source: Source) -> str:
+    return "botocore" if isinstance(source, BotocoreSource) else source.uri
 
 
-def _metrics(totals: dict[str, Any], groups: dict[str, set[str]], skipped: list[Skipped]) -> dict[str, Any]:
+class _Skips:
+    """All units' skips together: counts and the first few, never every one."""
+
+    def __init__(self, results: list[dict[str, Any]]) -> None:
+        rows = [result["skipped"] for result in results]
+        self.counts: Counter[str] = Counter()
+        for row in rows:
+            self.counts.update(row["counts"])
+        self.forgotten = self.counts.pop(ledger.FORGOTTEN, 0)
+        self.total = sum(self.counts.values())
+        self.first = [item for row in rows for item in row["first"]][:_SHOWN_SKIPS]
+        self.unreadable = [item for row in rows for item in row["unreadable"]][:_SHOWN_SKIPS]
+        self.num_unreadable = sum(row["num_unreadable"] for row in rows)
+        self.unreadable_kinds = {kind: n for kind, n in self.counts.most_common() if kind not in (SHORT, LARGE)}
+
+    def report(self) -> None:
+        """Tells of the first."""
+        for source, reason, _ in self.first:
+            say(f"  skipped {source}: {reason}")
+        if self.total > len(self.first):
+            say(f"  ... {self.total - len(self.first)} more skipped; `forge data report` tells of all of them")
+        if self.forgotten:
+            say(f"  {self.forgotten} documents left out, as `forge data forget` asked")
+
+
+def _metrics(config: IngestConfig, parts: list[Part], results: list[dict[str, Any]], skips: _Skips) -> dict[str, Any]:
+    rows = [row for result in results for row in result["parts"]]
+    groups = {group for row in rows for group in row["groups"]}
+    examples = {group for row in rows for group in row["examples"]}
+    metrics: dict[str, Any] = {
+        f"{split}_{what}": sum(getattr(part, what) for part in parts if part.split == split)
+        for split in SPLITS
+        for what in ("documents", "bytes")
+    }
     return {
-        "train_documents": totals["train"]["documents"],
-        "train_bytes": totals["train"]["bytes"],
-        "train_groups": len(groups["train"]),
-        "heldout_documents": totals["heldout"]["documents"],
-        "heldout_bytes": totals["heldout"]["bytes"],
-        "heldout_groups": sorted(groups["heldout"]),
-        "skipped": dict(Counter(item.kind for item in skipped)),
+        **metrics,
+        "num_heldout_groups": len(groups),
+        "heldout_groups": sorted(examples)[:_SHOWN_GROUPS],
+        "held_out_by_name": sorted({name for row in rows for name in row["named"]}),
+        "origins": by_origin(parts),
+        "skipped": dict(skips.counts),
+        "forgotten": skips.forgotten,
+        "generations": 1 + max((part.generation for part in parts), default=0),
     }
 
 
-def _report_skips(skipped: list[Skipped]) -> None:
-    for item in skipped[:_SHOWN_SKIPS]:
-        say(f"  skipped {item.source}: {item.reason}")
-    if len(skipped) > _SHOWN_SKIPS:
-        say(f"  ... {len(skipped) - _SHOWN_SKIPS} more skipped; all of them are in skipped.json of the artifact")
-
-
-def _check(config: IngestConfig, metrics: dict[str, Any], skipped: list[Skipped]) -> None:
+def _check(config: IngestConfig, metrics: dict[str, Any], skips: _Skips) -> None:
     where = ", ".join(_shown(source) for source in config.sources)
     kept = f"{metrics['train_documents']} training and {metrics['heldout_documents']} held-out documents"
-    seen = f"{kept}, {len(skipped)} skipped"
-    first = f"; first reason: {skipped[0].reason} ({skipped[0].source})" if skipped else ""
+    seen = f"{kept}, {skips.total} skipped"
+    first = f"; first reason: {skips.first[0][1]} ({skips.first[0][0]})" if skips.first else ""
     if not metrics["train_documents"]:
         raise DataError(
             "the corpus is empty: nothing is left to train on",
@@ -232,8 +379,8 @@ def _check(config: IngestConfig, metrics: dict[str, Any], skipped: list[Skipped]
             wanted="at least one readable document",
             do="check ingest.sources, held_out_frac and min_document_chars",
         )
-    _check_readable(config, metrics, skipped, where)
-    missing = sorted(set(config.held_out_groups) - set(metrics["heldout_groups"]))
+    _check_readable(config, metrics, skips, where)
+    missing = sorted(set(config.held_out_groups) - set(metrics["held_out_by_name"]))
     if missing:
         raise DataError(
             "ingest.held_out_groups names what is not in the corpus, so nothing would be held back for it",
@@ -251,17 +398,15 @@ def _check(config: IngestConfig, metrics: dict[str, Any], skipped: list[Skipped]
     say(f"  {seen}, {format_bytes(metrics['train_bytes'])} of training text")
 
 
-def _check_readable(config: IngestConfig, metrics: dict[str, Any], skipped: list[Skipped], where: str) -> None:
-    unreadable = [item for item in skipped if item.unreadable]
-    num_seen = metrics["train_documents"] + metrics["heldout_documents"] + len(skipped)
-    if len(unreadable) <= config.max_unreadable_frac * num_seen:
+def _check_readable(config: IngestConfig, metrics: dict[str, Any], skips: _Skips, where: str) -> None:
+    num_seen = metrics["train_documents"] + metrics["heldout_documents"] + skips.total
+    if skips.num_unreadable <= config.max_unreadable_frac * num_seen:
         return
-    kinds = Counter(item.kind for item in unreadable).most_common()
-    first = "".join(f"\n    {item.source}: {item.reason}" for item in unreadable[:_SHOWN_SKIPS])
+    first = "".join(f"\n    {source}: {reason}" for source, reason, _ in skips.unreadable)
     raise DataError(
         "too much of the corpus is unreadable",
-        got=f"{where}: {len(unreadable)} of {num_seen} documents ("
-        + ", ".join(f"{count} {kind}" for kind, count in kinds)
+        got=f"{where}: {skips.num_unreadable} of {num_seen} documents ("
+        + ", ".join(f"{count} {kind}" for kind, count in skips.unreadable_kinds.items())
         + f"); the first:{first}",
         wanted=f"at most {config.max_unreadable_frac:g} of them",
         do="mend the files or the source's text_field, or raise ingest.max_unreadable_frac to train on the rest",

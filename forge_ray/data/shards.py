@@ -16,6 +16,9 @@ offset 0    8 bytes   magic b"FORGETOK"
 ```
 
 A shard is a blob, so its manifest holds the SHA-256 of the whole; the two digests inside let a lone file be verified.
+A shard holds documents of one split and one source. Beside them the artifact has `index.json`: what training plans its
+order from, without opening a shard.
+
 Owns writing and reading the format and the `tokenize` stage. Does not own the order of training (`loader.py`).
 """
 
@@ -23,24 +26,30 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge_ray.artifact import Artifact, FileEntry, Workspace, digest_bytes
 from forge_ray.config import TokenizeConfig
-from forge_ray.errors import CorruptError
+from forge_ray.data import ledger
+from forge_ray.errors import CorruptError, NotFoundError
+from forge_ray.memo import Memo
 from forge_ray.runtime import map_rows
 from forge_ray.telemetry import say
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    from tokenizers import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_SHARD_VERSION = 1
+INDEX = "index.json"
 MAGIC = b"FORGETOK"
 _ALIGN = 64
 _ENCODE_DOCUMENTS = 256
+_LOADED: dict[str, Tokenizer] = {}  # by digest; one at a time
 
 
 @dataclass(frozen=True)
@@ -73,8 +82,8 @@ class Shard:
             if len(start) < 16 or start[:8] != MAGIC:
                 raise _damaged(path, "it does not start as a token shard")
             version, length = struct.unpack("<II", start[8:])
-            if version != FORMAT_VERSION:
-                raise _damaged(path, f"its format version is {version}, this program reads {FORMAT_VERSION}")
+            if version != _SHARD_VERSION:
+                raise _damaged(path, f"its format version is {version}, this program reads {_SHARD_VERSION}")
             try:
                 self.header = Header(**json.loads(stream.read(length)))
                 dtype = np.dtype(self.header.dtype).newbyteorder("<")
@@ -115,6 +124,43 @@ class Shard:
             return stream.read()
 
 
+@dataclass(frozen=True)
+class ShardInfo:
+    """A training shard as the index has it; `origin` is the name of the source that its documents came from."""
+
+    name: str
+    sha256: str
+    size_bytes: int
+    tokens: int
+    documents: int
+    origin: str
+
+    @property
+    def entry(self) -> FileEntry:
+        """The manifest's row of it."""
+        return FileEntry(self.name, self.sha256, self.size_bytes)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """All training shards of an artifact, in the order of the documents, and what their tokens mean."""
+
+    shards: tuple[ShardInfo, ...]
+    vocab_size: int
+    end_token: int
+
+    def to_json(self) -> bytes:
+        """The content of `index.json`."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @staticmethod
+    def of(artifact: Artifact) -> ShardIndex:
+        """The index of a published `tokenize` artifact."""
+        body = artifact.read_json(INDEX)
+        shards = tuple(ShardInfo(**row) for row in body.pop("shards"))
+        return ShardIndex(shards=shards, **body)
+
+
 def write(stream: Any, tokens: np.ndarray, table: pa.Table, *, vocab_size: int, end_token: int) -> None:
     """Writes a shard in the format above.
 
@@ -146,7 +192,7 @@ def write(stream: Any, tokens: np.ndarray, table: pa.Table, *, vocab_size: int, 
             )
         )
     ).encode()
-    stream.write(MAGIC + struct.pack("<II", FORMAT_VERSION, len(header)) + header)
+    stream.write(MAGIC + struct.pack("<II", _SHARD_VERSION, len(header)) + header)
     stream.write(b"\0" * (_aligned(16 + len(header)) - 16 - len(header)))
     stream.write(data)
     stream.write(table_bytes)
@@ -163,19 +209,52 @@ def run(
     """Tokenizes every part with Ray Data.
 
     Returns:
-        Shards `train-00000.tok`, `heldout-00000.tok` ... in the order of the documents, and their totals.
+        Shards `train-00000.tok`, `heldout-00000.tok` ... in the order of the documents, the index of those to train
+        on, the ledger with the place of each document in them, and their totals.
     """
-    units = [{"part": name} for name in documents.names(".parquet")]
-    results = map_rows("tokenize", _Tokenizer(config, documents.ref, tokenizer.ref, workspace), units)
+    from forge_ray.data import tokenizer as vocabulary
+
+    units = [
+        {
+            "_part": name,
+            "split": name.partition("-")[0],
+            "entry": documents.entry(name),
+            "ledger": _ledger_of(documents, name),
+            "tokenizer": tokenizer.entry(vocabulary.FILE).sha256,
+        }
+        for name in documents.names(".parquet")
+        if name.startswith(("train-", "heldout-"))
+    ]
+    memo = Memo(workspace, "tokenize", FORMAT_VERSION, config.fingerprinted())
+    results = map_rows("tokenize", _Tokenizer(config, documents.ref, tokenizer.ref, workspace), units, memo)
     files: list[FileEntry] = []
+    index: list[ShardInfo] = []
     metrics = {f"{split}_{what}": 0 for split in ("train", "heldout") for what in ("tokens", "documents", "bytes")}
-    for row in results:
-        number = sum(entry.name.startswith(row["split"]) for entry in files)
-        files.append(FileEntry(f"{row['split']}-{number:05d}.tok", row["sha256"], row["size_bytes"]))
-        for what in ("tokens", "documents", "bytes"):
-            metrics[f"{row['split']}_{what}"] += row[what]
-    say(f"  {metrics['train_tokens']:,} training tokens in {len(files)} shards")
+    for unit, result in zip(units, results, strict=True):
+        for row in result["shards"]:
+            number = sum(entry.name.startswith(row["split"]) for entry in files)
+            files.append(replace(row["entry"], name=f"{row['split']}-{number:05d}.tok"))
+            if row["split"] == "train":
+                size, digest = files[-1].size_bytes, files[-1].sha256
+                index.append(ShardInfo(files[-1].name, digest, size, row["tokens"], row["documents"], row["origin"]))
+            for what in ("tokens", "documents", "bytes"):
+                metrics[f"{row['split']}_{what}"] += row[what]
+        if result["ledger"]:
+            files.append(replace(result["ledger"], name=unit["ledger"].name))
+    unread = {unit["ledger"].name for unit in units if unit["ledger"]}
+    files += [documents.entry(name) for name in ledger.parts(documents) if name not in unread]
+    reader = vocabulary.load(tokenizer)
+    content = ShardIndex(tuple(index), reader.get_vocab_size(), vocabulary.end_of_document(reader)).to_json()
+    files.append(workspace.put_bytes(INDEX, content))
+    say(f"  {metrics['train_tokens']:,} training tokens in {len(index)} shards")
     return files, metrics
+
+
+def _ledger_of(documents: Artifact, part: str) -> FileEntry | None:
+    try:
+        return documents.entry(f"{ledger.PREFIX}{part}")
+    except NotFoundError:
+        return None
 
 
 class _Tokenizer:
@@ -192,36 +271,71 @@ class _Tokenizer:
 
         from forge_ray.data import tokenizer as vocabulary
 
-        tokenizer = vocabulary.load(self.workspace.get(self.tokenizer_ref))
+        tokenizer = self._loaded(unit["tokenizer"])
         self._vocab_size, self._end = tokenizer.get_vocab_size(), vocabulary.end_of_document(tokenizer)
-        path = self.workspace.get(self.documents_ref).local_path(unit["part"])
-        split = unit["part"].partition("-")[0]
+        path = self.workspace.verified(unit["entry"], f"{self.documents_ref}:{unit['_part']}")
+        split = unit["split"]
         rows, pending = [], _Pending()
+        places: dict[str, tuple[str, int, int]] = {}
         for batch in pq.ParquetFile(path).iter_batches(batch_size=_ENCODE_DOCUMENTS):
             documents = batch.to_pylist()
             encodings = tokenizer.encode_batch_fast(
                 [document["text"] for document in documents], add_special_tokens=False
             )
             for document, encoding in zip(documents, encodings, strict=True):
+                origin = document.get("origin") or ""
+                if origin != pending.origin and pending.num_tokens:
+                    rows.append(self._store(split, pending, places))
+                    pending = _Pending()
+                pending.origin = origin
                 pending.add(document, [*encoding.ids, self._end])
                 if pending.num_tokens >= self.config.shard_tokens:
-                    rows.append(self._store(split, pending))
+                    rows.append(self._store(split, pending, places))
                     pending = _Pending()
-        return rows + ([self._store(split, pending)] if pending.num_tokens else [])
+        if pending.num_tokens:
+            rows.append(self._store(split, pending, places))
+        return [{"shards": rows, "ledger": unit["ledger"] and self._ledger(unit, places)}]
 
-    def _store(self, split: str, pending: _Pending) -> dict[str, Any]:
+    def _loaded(self, sha256: str) -> Tokenizer:
+        """The tokenizer, once per process.
+
+        One that has encoded leaves 2.2 MiB behind when it is dropped (tokenizers 0.23.3, 2026-11-23), so a worker that
+        loaded it for every part would grow with the corpus.
+        """
+        from forge_ray.data import tokenizer as vocabulary
+
+        if sha256 not in _LOADED:
+            _LOADED.clear()
+            _LOADED[sha256] = vocabulary.load(self.workspace.get(self.tokenizer_ref))
+        return _LOADED[sha256]
+
+    def _ledger(self, unit: dict[str, Any], places: dict[str, tuple[str, int, int]]) -> FileEntry:
+        """The part's ledger with the place of each kept document."""
+        import pyarrow.parquet as pq
+
+        found = pq.read_table(self.workspace.verified(unit["ledger"], f"{self.documents_ref}:{unit['ledger'].name}"))
+        nowhere = (None, None, None)
+        rows = [places.get(doc_id, nowhere) for doc_id in found["id"].to_pylist()]
+        columns = {name: found[name].to_pylist() for name in found.column_names}
+        for name, values in zip(("shard", "offset", "tokens"), zip(*rows, strict=True), strict=True):
+            columns[name] = list(values)
+        return ledger.store(self.workspace, unit["ledger"].name, ledger.table(columns))
+
+    def _store(self, split: str, pending: _Pending, places: dict[str, tuple[str, int, int]]) -> dict[str, Any]:
         import numpy as np
         import pyarrow as pa
 
         tokens = np.concatenate(pending.tokens).astype(dtype_of(self._vocab_size))
         with self.workspace.new_file(split) as build:
             write(build.stream, tokens, pa.table(pending.columns), vocab_size=self._vocab_size, end_token=self._end)
+        for doc_id, offset, length in zip(*(pending.columns[n] for n in ("id", "offset", "length")), strict=True):
+            places[doc_id] = (build.entry.sha256, offset, length)
         return {
             "split": split,
-            "sha256": build.entry.sha256,
-            "size_bytes": build.entry.size_bytes,
+            "entry": build.entry,
             "tokens": len(tokens),
             "documents": len(pending.columns["id"]),
+            "origin": pending.origin,
             "bytes": pending.num_bytes,
         }
 
@@ -232,6 +346,7 @@ class _Pending:
     def __init__(self) -> None:
         self.tokens: list[np.ndarray] = []
         self.num_tokens = self.num_bytes = 0
+        self.origin = ""
         self.columns: dict[str, list[Any]] = {name: [] for name in ("id", "offset", "length", "source", "licence")}
 
     def add(self, document: dict[str, str], ids: list[int]) -> None:

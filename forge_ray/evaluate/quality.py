@@ -48,7 +48,7 @@ def run(
     Args:
         model: Shape of the trained model.
         seq_len: Its context length.
-        inputs: The artifacts `ingest`, `tokenizer`, `tokenize`, `pretrain`.
+        inputs: The artifacts `curate`, `tokenizer`, `tokenize`, `pretrain`.
 
     Returns:
         `report.json` and its figures.
@@ -89,7 +89,7 @@ class _Scorer:
         if name == "samples":
             return [{"job": name, "samples": self._samples()}]
         began = time.monotonic()
-        documents = self._get("ingest")
+        documents = self._get("curate")
         texts = [document["text"] for document in vocabulary.sample(documents, "heldout", self.config.max_bytes)]
         if name == "seen":
             return [{"job": name, "seen_frac": seen_frac(texts, training_texts(documents))}]

@@ -7,6 +7,7 @@ Owns the model card and the check; names and files are `model/hf.py`.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def _export(
 
 def model_card(config: ExportConfig, inputs: dict[str, Artifact]) -> str:
     """What a reader of the folder should know: origin, size, data, quality, limits."""
-    trained, corpus = inputs["pretrain"].metrics, inputs["ingest"].metrics
+    trained, corpus, curated = (inputs[role].metrics for role in ("pretrain", "ingest", "curate"))
     scores = inputs["evaluate"].metrics["bits_per_byte"]
     rows = "\n".join(f"| {name} | {bits:.3f} |" for name, bits in sorted(scores.items(), key=lambda item: item[1]))
     lineage = "\n".join(f"- {role}: `{artifact.ref}`" for role, artifact in inputs.items())
@@ -84,18 +85,25 @@ pipeline_tag: text-generation
 
 A language model trained from scratch with Forge-Ray {__version__}: {trained["parameters"]:,} parameters in the shape of
 Qwen3, its own vocabulary of {trained["vocab_size"]:,} entries, {trained["tokens"]:,} training tokens from
-{corpus["train_documents"]:,} documents ({trained["epochs"]:.2f} passes), {trained["train_flops"]:.2e} floating-point
+{curated["train_documents"]:,} documents ({trained["epochs"]:.2f} passes), {trained["train_flops"]:.2e} floating-point
 operations.
 
 ## Quality on held-out documents
 
-Bits per byte over {inputs["evaluate"].metrics["heldout_bytes"]:,} bytes of {len(corpus["heldout_groups"])} groups
+Bits per byte over {inputs["evaluate"].metrics["heldout_bytes"]:,} bytes of {corpus["num_heldout_groups"]} groups
 that were never trained on; less is better. All rows score the same bytes, and
 {inputs["evaluate"].metrics["heldout_seen_frac"]:.1%} of them stand in lines that training documents have too.
 
 | | bits per byte |
 |---|---|
 {rows}
+
+## Documents
+
+Of {corpus["train_documents"] + corpus["heldout_documents"]:,} documents that were read,
+{curated["train_documents"] + curated["heldout_documents"]:,} were kept.
+Curation: {", ".join(curated["steps"]) or "none"}.
+Left out: {_counts(curated["dropped"])}. Private details found and treated: {_counts({"": curated["found"]})}.
 
 ## Limits
 
@@ -106,3 +114,9 @@ it writes may be wrong.
 
 {lineage}
 """
+
+
+def _counts(groups: Mapping[str, Mapping[str, int]]) -> str:
+    """`12 near: near, 3 quality: gopher_min_words`, or `none`."""
+    rows = [f"{n:,} {f'{group}: ' if group else ''}{name}" for group, by in groups.items() for name, n in by.items()]
+    return ", ".join(rows) or "none"

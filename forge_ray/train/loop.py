@@ -25,7 +25,8 @@ from forge_ray.train.slots import FlatGradients, owned
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One finished step. Loss in nats per token; tokens of the global batch; rate as a share of the peak."""
+    """One finished step. Loss in nats per token; tokens of the global batch; rate as a share of the peak; `data_s` is
+    the part of `wall_s` in which this worker got its samples."""
 
     step: int
     loss: float
@@ -34,6 +35,7 @@ class StepRecord:
     tokens: int
     wall_s: float
     world_size: int
+    data_s: float
 
     def as_dict(self) -> dict[str, float | int]:
         """For an event."""
@@ -81,8 +83,12 @@ def step(worker: Worker, wants_checkpoint: bool) -> tuple[StepRecord, bool]:
     began = time.monotonic()
     config, gradients = worker.config, worker.gradients
     gradients.clear()
+    data_s = 0.0
     for slot in owned(worker.rank, worker.world_size, config.slots):
-        gradients.scalars[0] += backward(worker, torch.from_numpy(worker.loader.slot(worker.step, slot)))
+        asked = time.monotonic()
+        samples = torch.from_numpy(worker.loader.slot(worker.step, slot))
+        data_s += time.monotonic() - asked
+        gradients.scalars[0] += backward(worker, samples)
     gradients.scalars[1] = float(wants_checkpoint)
     gradients.sum_over_workers()
     loss, norm = float(gradients.scalars[0]), gradients.clip(config.grad_clip)
@@ -96,7 +102,8 @@ def step(worker: Worker, wants_checkpoint: bool) -> tuple[StepRecord, bool]:
     worker.optimizer.step(rate)
     worker.step += 1
     tokens = config.slots * config.micro_batch * config.seq_len
-    record = StepRecord(worker.step, loss, norm, rate, tokens, time.monotonic() - began, worker.world_size)
+    wall_s = time.monotonic() - began
+    record = StepRecord(worker.step, loss, norm, rate, tokens, wall_s, worker.world_size, data_s)
     return record, bool(gradients.scalars[1] > 0)
 
 

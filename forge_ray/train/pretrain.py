@@ -28,7 +28,7 @@ from forge_ray.train.checkpoint import OPTIMIZER, STATE, WEIGHTS, Checkpoints
 if TYPE_CHECKING:
     from forge_ray.model.transformer import Transformer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CURVE = "curve.json"
 _FLUSH_S = 2.0
 _POLL_S = 0.5
@@ -76,9 +76,13 @@ def run(
 
     Raises:
         TrainError: The loss is not finite, or workers die again and again without a step between.
+        ConfigError: The mixture does not fit the corpus, or the shard cache is too small.
         DataError: The corpus holds no whole sequence.
         CorruptError: A shard does not verify.
     """
+    from forge_ray.data import loader
+
+    loader.plan(config, shards)  # refuses here what every worker would refuse
     checkpoints = Checkpoints(workspace, run_id)
     spec = RunSpec(run_id, workspace, shards.ref, model, config, frozen["precision"])
     last = checkpoints.newest()
@@ -270,7 +274,7 @@ def _free_resources() -> str:
 def _curve(workspace: Workspace, run_id: str) -> dict[str, list[Any]]:
     """Loss and rate by step; a step that was computed twice counts once, as committed last."""
     rows = {row["step"]: row for row in Events.read(workspace.storage, run_id) if row["event"] == "step"}
-    names = ("step", "loss", "grad_norm", "rate_frac", "world_size", "wall_s")
+    names = ("step", "loss", "grad_norm", "rate_frac", "world_size", "wall_s", "data_s")
     return {name: [rows[step][name] for step in sorted(rows)] for name in names}
 
 
@@ -285,6 +289,8 @@ def _metrics(spec: RunSpec, state: dict[str, Any], curve: dict[str, list[Any]]) 
         "steps": config.steps,
         "tokens": config.steps * tokens_per_step,
         "epochs": state["epochs"],
+        "epochs_by_source": state["epochs_by_source"],
+        "data_wait_frac": sum(curve["data_s"]) / max(sum(curve["wall_s"]), 1e-9),
         "final_train_loss": sum(tail) / max(len(tail), 1),
         "tokens_per_s": tokens_per_step / step_s,
         "precision": spec.precision,
@@ -339,7 +345,10 @@ def _compute(spec: RunSpec, board: Any) -> None:
             raise forbidden
         board.tell.remote({"event": "start", "step": worker.step, "world_size": world_size})
     reporter = _Reporter(spec, worker, board)
-    loop.fit(worker, checkpoint_due=reporter.checkpoint_due, on_step=reporter.on_step)
+    try:
+        loop.fit(worker, checkpoint_due=reporter.checkpoint_due, on_step=reporter.on_step)
+    finally:
+        worker.loader.reader.close()
 
 
 def _ask(method: Any, *args: Any) -> Any:
@@ -357,20 +366,15 @@ def _build(spec: RunSpec, rank: int, world_size: int, device: Any) -> Any:
     import torch.distributed as dist
 
     from forge_ray.data.loader import SlotLoader
-    from forge_ray.data.shards import Shard
     from forge_ray.model.transformer import Transformer, load_weights
     from forge_ray.train import loop
     from forge_ray.train.checkpoint import load_tensors
     from forge_ray.train.optimizer import Optimizer
 
     config = spec.config
-    artifact = spec.workspace.get(spec.shards_ref)
-    shards = [Shard(artifact.local_path(name)) for name in artifact.names(".tok") if name.startswith("train")]
-    loader = SlotLoader(
-        shards, seq_len=config.seq_len, micro_batch=config.micro_batch, slots=config.slots, seed=config.seed
-    )
-    header = shards[0].header
-    model = Transformer(spec.model, header.vocab_size, config.seq_len).initialise(config.seed).to(device)
+    loader = SlotLoader.of(config, spec.workspace.get(spec.shards_ref))
+    index = loader.order.index
+    model = Transformer(spec.model, index.vocab_size, config.seq_len).initialise(config.seed).to(device)
     optimizer = Optimizer(model, config.optimizer)
     checkpoints = Checkpoints(spec.workspace, spec.run_id)
     newest = checkpoints.newest() if rank == 0 else None
@@ -382,7 +386,7 @@ def _build(spec: RunSpec, rank: int, world_size: int, device: Any) -> Any:
         load_weights(model, load_tensors(checkpoint, WEIGHTS))
         optimizer.load(load_tensors(checkpoint, OPTIMIZER))
     return loop.Worker(
-        config, model, optimizer, loader, header.end_token, spec.precision == "bf16", rank, world_size, chosen[0]
+        config, model, optimizer, loader, index.end_token, spec.precision == "bf16", rank, world_size, chosen[0]
     )
 
 
@@ -394,7 +398,9 @@ class _Reporter:
         self._events = Events(spec.workspace.storage, spec.run_id)
         self._saved_s = self._flushed_s = time.monotonic()
         self._since: list[tuple[int, float]] = []
-        self._events.add("start", step=worker.step, world_size=worker.world_size, host=platform.node())
+        self._events.add(
+            "start", step=worker.step, world_size=worker.world_size, host=platform.node(), shards=spec.shards_ref
+        )
 
     def checkpoint_due(self) -> bool:
         """Whether the last checkpoint is old enough."""
@@ -435,6 +441,7 @@ class _Reporter:
             "vocab_size": worker.model.vocab_size,
             "end_token": worker.end_token,
             "epochs": worker.loader.epochs(spec.config.steps),
+            "epochs_by_source": worker.loader.epochs_by_source(spec.config.steps),
         }
         Checkpoints(spec.workspace, spec.run_id).save(
             worker.step, weights, optimizer, state, spec.config.checkpoints_kept

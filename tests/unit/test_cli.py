@@ -228,14 +228,14 @@ def test_the_json_of_a_dry_run_holds_the_same(forge: Forge, job: Path) -> None:
     rows = {row["name"]: (row["value"], row["origin"]) for row in told["config"]}
     assert rows["pretrain.steps"] == (7, "--pretrain.steps")
     assert rows["pretrain.slots"] == (16, "default")
-    assert [row["ref"].partition("/")[0] for row in told["stages"]] == ["ingest", "tokenizer"]
+    assert [row["ref"].partition("/")[0] for row in told["stages"]] == ["ingest", "curate", "tokenizer"]
     assert {row["published"] for row in told["stages"]} == {False}
 
 
 def test_a_change_renames_the_stages_from_there_on_and_an_operational_one_renames_none(forge: Forge, job: Path) -> None:
     base = _refs(forge, "run", job)
     longer = _refs(forge, "run", job, "--pretrain.steps=7")
-    assert [a == b for a, b in zip(base, longer, strict=True)] == [True, True, True, False, False, False]
+    assert [a == b for a, b in zip(base, longer, strict=True)] == [True] * 4 + [False] * 3
     assert _refs(forge, "run", job, "--pretrain.max_workers=1", "--serve.port=9", "--ray.num_cpus=1") == base
 
 
@@ -246,11 +246,11 @@ def test_a_changed_document_renames_every_stage(forge: Forge, job: Path, tmp_pat
 
 
 def test_what_is_published_is_shown_as_skipped(forge: Forge, job: Path, workspace: Workspace) -> None:
-    ingest, tokenizer = _refs(forge, "tokenizer", job)
+    ingest, curate, tokenizer = _refs(forge, "tokenizer", job)
     stage, _, name = ingest.partition("/")
     workspace.publish(Manifest(stage=stage, fingerprint=name, files=()))
     _, out, _ = forge("tokenizer", job, "--dry-run")
-    assert out.splitlines()[-2:] == [f"skip  {ingest}", f"run   {tokenizer}"]
+    assert out.splitlines()[-3:] == [f"skip  {ingest}", f"run   {curate}", f"run   {tokenizer}"]
 
 
 # --------------------------------------------------------------------------------------------------- show, gc, config

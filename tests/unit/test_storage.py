@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from forge_ray.errors import DiskFullError, NotFoundError, StorageError
-from forge_ray.storage import Storage
+from forge_ray.errors import ConfigError, DiskFullError, NotFoundError, StorageError
+from forge_ray.storage import Storage, open_filesystem
+from forge_ray.stores import split_uri
 
 # Eight forked children wait at a pipe, then try to create the same 40 names; each prints how often it was the first.
 _RACE = """
@@ -290,3 +291,93 @@ def test_a_write_that_runs_out_of_space_leaves_no_trace(
     assert folder.list("") == ["taken"]
     assert folder.read_bytes("taken") == b"old"
     assert folder.temporaries() == []
+
+
+# ------------------------------------------------------------------------------------------- versions, ranges, listings
+
+
+def test_a_swap_wants_the_version_that_was_read(storage: Storage) -> None:
+    storage.write("ref", b"one")
+    data, version = storage.read_versioned("ref")
+    assert data == b"one"
+    assert storage.swap("ref", b"two", version)
+    assert not storage.swap("ref", b"three", version)
+    assert not storage.swap("none", b"three", version)
+    assert storage.read_bytes("ref") == b"two"
+    assert storage.list("") == ["ref"]
+
+
+def test_swaps_of_many_processes_lose_no_update(folder: Storage) -> None:
+    folder.create("refs/counter", b"0")
+    done = subprocess.run([sys.executable, "-c", _COUNT, folder.uri], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert folder.read_bytes("refs/counter") == b"120"
+    assert (folder.list(""), folder.temporaries()) == (["refs/counter"], [])
+
+
+_COUNT = """
+import os, sys
+from forge_ray.storage import Storage
+storage, children = Storage(sys.argv[1]), []
+for number in range(6):
+    if not (child := os.fork()):
+        for _ in range(20):
+            while True:
+                data, version = storage.read_versioned("refs/counter")
+                if storage.swap("refs/counter", b"%d" % (int(data) + 1), version):
+                    break
+        os._exit(0)
+    children.append(child)
+for child in children:
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_ranges_end_where_the_content_ends(storage: Storage) -> None:
+    storage.write("a", b"0123456789")
+    found = [storage.read_range("a", start, length) for start, length in ((0, 3), (8, 9), (10, 1), (3, 0))]
+    assert found == [b"012", b"89", b"", b""]
+    with storage.open_read("a") as stream:
+        stream.seek(-3, os.SEEK_END)
+        assert stream.read() == b"789"
+
+
+def test_a_listing_says_what_a_look_at_each_name_would(storage: Storage) -> None:
+    storage.write("a/one", b"1")
+    storage.write("a/two", b"22")
+    listed = storage.listing("a")
+    assert [(row.name, row.size_bytes) for row in listed] == [("a/one", 1), ("a/two", 2)]
+    assert [row.version for row in listed] == [storage.read_versioned(row.name)[1] for row in listed]
+    assert [row.modified_s for row in listed] == [storage.modified_s(row.name) for row in listed]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://AKIAKEY:hidden@bucket/x",
+        "s3://hidden@bucket",
+        "gs://hidden@bucket/x",
+        "abfs://user:hidden@account.dfs.core.windows.net/x",
+        "abfs://container@account.dfs.core.windows.net/x?sig=hidden",
+        "https://user:hidden@host/list",
+    ],
+)
+def test_a_uri_with_credentials_is_refused_and_not_shown(uri: str) -> None:
+    for use in (Storage, open_filesystem):
+        with pytest.raises(ConfigError) as caught:
+            use(uri)
+        assert "hidden@" not in str(caught.value)
+        assert "sig=" not in str(caught.value)
+        assert "environment" in caught.value.do
+
+
+def test_a_container_may_name_its_account() -> None:
+    assert split_uri("abfs://data@acme.dfs.core.windows.net/a/b/") == ("abfs", "data", "a/b")
+    assert split_uri("s3://bucket") == ("s3", "bucket", "")
+    assert Storage("gs://bucket/a/").uri == "gs://bucket/a"
+
+
+def test_a_uri_without_a_bucket_is_refused() -> None:
+    with pytest.raises(StorageError) as caught:
+        Storage("s3:///x").read_bytes("a")
+    assert "bucket" in caught.value.what

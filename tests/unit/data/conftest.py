@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -12,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from forge_ray.artifact import Artifact, Manifest, Workspace
-from forge_ray.data import ingest, shards
+from forge_ray.data import contamination, curate, dedup, ingest, shards
+from forge_ray.memo import Memo
 
 Rows = list[dict[str, str]]
+Task = Callable[[dict[str, Any]], list[dict[str, Any]]]
 
 
 @pytest.fixture
@@ -26,11 +30,19 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stages' tasks run here, one after the other."""
 
-    def map_rows(name: str, task: Callable[[dict[str, Any]], Rows], rows: list[dict[str, Any]]) -> Rows:
-        return [out for row in rows for out in task(row)]
+    def map_rows(name: str, task: Task, rows: list[dict[str, Any]], memo: Memo | None = None) -> list[dict[str, Any]]:
+        results: list[dict[str, Any]] = []
+        for row in rows:
+            found = memo.get(row) if memo else None
+            if found is None:
+                found = task(row)
+                if memo:
+                    memo.put(row, found)
+            results += found
+        return results
 
-    monkeypatch.setattr(ingest, "map_rows", map_rows)
-    monkeypatch.setattr(shards, "map_rows", map_rows)
+    for module in (contamination, curate, dedup, ingest, shards):
+        monkeypatch.setattr(module, "map_rows", map_rows)
 
 
 @pytest.fixture
@@ -39,11 +51,16 @@ def publish(workspace: Workspace) -> Callable[..., Artifact]:
 
     def make(parts: dict[str, Rows]) -> Artifact:
         files = []
+        listed = []
         for name, rows in parts.items():
             with workspace.new_file(name) as build:
-                columns = {key: [row[key] for row in rows] for key in ingest.SCHEMA_FIELDS}
+                columns = {key: [row.get(key, "") for row in rows] for key in ingest.SCHEMA_FIELDS}
                 pq.write_table(pa.table(columns), build.stream)
             files.append(build.entry)
+            num_bytes = sum(len(row["text"].encode()) for row in rows)
+            origin = rows[0].get("origin", "") if rows else ""
+            listed.append(asdict(ingest.Part(name, name.partition("-")[0], 0, origin, len(rows), num_bytes)))
+        files.append(workspace.put_bytes(ingest.PARTS, json.dumps(listed).encode()))
         digest = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
         return workspace.publish(Manifest(stage="ingest", fingerprint=digest, files=tuple(files)))
 

@@ -17,15 +17,16 @@ SERVICES = ("sts", "sqs", "dynamodb")
 
 
 def documents(*services: str) -> list[Document]:
-    units = botocore_docs.units(BotocoreSource(kind="botocore", services=services))
-    found = [item for unit in units for item in botocore_docs.read(unit, IngestConfig())]
+    source = BotocoreSource(kind="botocore", services=services)
+    unit = botocore_docs.unit(source, botocore_docs.listing(source))
+    found = list(botocore_docs.read(unit, IngestConfig()))
     assert not [item for item in found if isinstance(item, Skipped)]
     return found
 
 
 def test_a_service_that_botocore_does_not_have_is_named() -> None:
     with pytest.raises(DataError, match="sqss"):
-        botocore_docs.units(BotocoreSource(kind="botocore", services=("sqs", "sqss")))
+        botocore_docs.listing(BotocoreSource(kind="botocore", services=("sqs", "sqss")))
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -53,11 +54,14 @@ def test_the_text_has_no_tags_no_entities_and_no_blank_lines() -> None:
         assert not re.search(r"\n\s*\n|^-$", item.text, re.MULTILINE), item.source
 
 
-def test_all_services_are_shared_out_over_units_each_once() -> None:
-    units = botocore_docs.units(BotocoreSource(kind="botocore"))
-    names = [name for unit in units for name in unit["services"]]
-    assert sorted(names) == botocore.session.Session().get_available_services()
-    assert max(len(unit["services"]) for unit in units) <= botocore_docs.SERVICES_PER_UNIT
+def test_every_service_is_listed_with_about_the_size_of_its_text() -> None:
+    rows = {row["name"]: row for row in botocore_docs.listing(BotocoreSource(kind="botocore"))}
+    assert list(rows) == botocore.session.Session().get_available_services()
+    assert {row["state"] for row in rows.values()} == {botocore.__version__}
+    for service in SERVICES:
+        size = sum(len(item.text.encode()) for item in documents(service))
+        assert size / 4 < rows[service]["size"] < size * 8
+        assert all(item.key.startswith(f"{rows[service]['key']}/") for item in documents(service))
 
 
 @pytest.mark.parametrize(

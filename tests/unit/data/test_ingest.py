@@ -119,10 +119,11 @@ def test_what_is_left_out_is_counted_and_listed(folder: Path, workspace: Workspa
         "larger than max_document_bytes": 1,
         "not UTF-8": 1,
     }
-    listed = json.loads(workspace.verified(files[-1], "skipped.json").read_bytes())
+    [listed] = parts_of(workspace, files, "ledger-skipped")
     names = {Path(row["source"].partition("#")[0]).name for row in listed}
     assert names == {"empty.txt", "short.txt", "long.jsonl", "latin.txt"}
-    assert any(row["reason"] == "not UTF-8: byte 3" for row in listed)
+    assert any((row["reason"], row["detail"]) == ("not UTF-8", "byte 3") for row in listed)
+    assert {row["fate"] for row in listed} == {"skipped"}
     assert metrics["train_documents"] + metrics["heldout_documents"] == 200
 
 
@@ -169,7 +170,7 @@ def test_a_source_that_changes_is_named(
     folder: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     chosen, plain = config(folder), ingest.map_rows
-    frozen = ingest.observe(chosen)
+    frozen = ingest.observe(chosen, workspace)
 
     def map_rows(*args: Any) -> Any:
         (folder / "late.txt").write_text("written while others are read")
@@ -183,7 +184,7 @@ def test_a_source_that_changes_is_named(
         ingest.run(chosen, workspace, frozen=frozen)
     assert caught.value.got == str(folder)
     monkeypatch.setattr(ingest, "map_rows", plain)
-    assert ingest.run(chosen, workspace, frozen=ingest.observe(chosen))
+    assert ingest.run(chosen, workspace, frozen=ingest.observe(chosen, workspace))
 
 
 def test_too_many_unreadable_documents_are_an_error_with_counts_and_reasons(folder: Path, workspace: Workspace) -> None:
@@ -198,3 +199,26 @@ def test_too_many_unreadable_documents_are_an_error_with_counts_and_reasons(fold
     assert "35 of 535 documents (30 not UTF-8, 5 unreadable: the text is no string)" in caught.value.got
     assert f"{folder}/latin0.txt: not UTF-8: byte 3" in caught.value.got
     assert "max_unreadable_frac" in caught.value.do
+
+
+def test_a_forgotten_document_is_left_out_and_on_record_without_its_text(folder: Path, workspace: Workspace) -> None:
+    (folder / "records.jsonl").write_text('{"text": "some words"}\n{"text": "the secret words"}\n')
+    chosen = config(folder)
+    before = ingest.observe(chosen, workspace)
+    [row] = [row for row in _all(folder, workspace) if row["text"] == "the secret words"]
+    stone = {name: row[name] for name in ("id", "key", "origin", "source")}
+    workspace.storage.write(f"tombstones/{row['id']}.json", json.dumps(stone).encode())
+    assert ingest.observe(chosen, workspace) != before
+    files, metrics = ingest.run(chosen, workspace)
+    assert metrics["forgotten"] == 1
+    assert metrics["train_documents"] + metrics["heldout_documents"] == 201
+    [listed] = parts_of(workspace, files, "ledger-skipped")
+    assert [(found["id"], found["fate"]) for found in listed] == [(row["id"], "forgotten")]
+    for entry in files:
+        assert b"the secret words" not in workspace.verified(entry, entry.name).read_bytes()
+
+
+def test_what_was_read_is_not_read_again(folder: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, _ = ingest.run(config(folder), workspace)
+    monkeypatch.setattr(ingest._Reader, "__call__", lambda *_: pytest.fail("it was read again"))
+    assert ingest.run(config(folder), workspace)[0] == files

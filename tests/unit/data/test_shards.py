@@ -125,7 +125,7 @@ def stage(publish: Callable[..., Artifact], rows: Callable[..., Any], plain_loop
     """Documents and a vocabulary of theirs."""
     texts = [row["text"] for row in rows(40)] + ["text with <|endoftext|> in it", "日本語 👩‍👧"]
     documents = publish({"train-00000.parquet": rows(texts=texts), "heldout-00000.parquet": rows(5, seed=1)})
-    text, _ = vocabulary._learn(TokenizerConfig(vocab_size=400), documents.ref, documents.workspace)
+    text = vocabulary._learnt(TokenizerConfig(vocab_size=400), texts)
     file = documents.workspace.put_bytes("tokenizer.json", text.encode())
     tokenizer = documents.workspace.publish(Manifest(stage="tokenizer", fingerprint=file.sha256[:16], files=(file,)))
     return documents, tokenizer
@@ -135,7 +135,8 @@ def opened(documents: Artifact, tokenizer: Artifact, shard_tokens: int) -> tuple
     """Runs the stage; shards by name."""
     workspace = documents.workspace
     files, metrics = shards.run(TokenizeConfig(shard_tokens=shard_tokens), documents, tokenizer, workspace)
-    found = {entry.name: Shard(workspace.verified(entry, entry.name)) for entry in files}
+    shards_of = [entry for entry in files if entry.name.endswith(".tok")]
+    found = {entry.name: Shard(workspace.verified(entry, entry.name)) for entry in shards_of}
     for shard in found.values():
         shard.verify()
     return found, metrics
@@ -173,3 +174,30 @@ def test_smaller_shards_hold_the_same_tokens(stage: tuple[Artifact, Artifact], m
     assert all(pieces[name].header.num_tokens >= 300 for name in train[:-1])
     assert (np.concatenate([pieces[name].tokens for name in train]) == whole["train-00000.tok"].tokens).all()
     assert split_totals == totals
+
+
+def test_the_index_says_of_each_training_shard_what_is_in_it(stage: tuple[Artifact, Artifact]) -> None:
+    documents, tokenizer = stage
+    files, metrics = shards.run(TokenizeConfig(shard_tokens=300), documents, tokenizer, documents.workspace)
+    published = documents.workspace.publish(Manifest(stage="tokenize", fingerprint="0" * 16, files=tuple(files)))
+    index = shards.ShardIndex.of(published)
+    assert [row.name for row in index.shards] == [n for n in published.names(".tok") if n.startswith("train")]
+    assert sum(row.tokens for row in index.shards) == metrics["train_tokens"]
+    for row in index.shards:
+        header = Shard(published.local_path(row.name)).header
+        assert row.entry == published.entry(row.name)
+        assert (row.tokens, row.documents) == (header.num_tokens, header.num_documents)
+        assert (index.vocab_size, index.end_token) == (header.vocab_size, header.end_token)
+
+
+def test_shards_hold_documents_of_one_source_each(
+    stage: tuple[Artifact, Artifact], publish: Callable[..., Artifact], rows: Callable[..., Any]
+) -> None:
+    mixed = [row | {"origin": origin} for row, origin in zip(rows(9, seed=3), "aaabbabbb", strict=True)]
+    documents = publish({"train-00000.parquet": mixed, "train-00001.parquet": rows(2, seed=4)})
+    files, _ = shards.run(TokenizeConfig(), documents, stage[1], documents.workspace)
+    content = next(entry for entry in files if entry.name == shards.INDEX)
+    published = documents.workspace.publish(Manifest(stage="tokenize", fingerprint="1" * 16, files=tuple(files)))
+    assert content in published.manifest.files
+    found = [(row.origin, row.documents) for row in shards.ShardIndex.of(published).shards]
+    assert found == [("a", 3), ("b", 2), ("a", 1), ("b", 3), ("", 2)]

@@ -121,6 +121,11 @@ def test_sampling_follows_the_generator_and_the_temperature(model: Transformer) 
 # --------------------------------------------------------------------------------------------------------------- stage
 
 
+def plain(name: str, task: Any, rows: list[dict[str, Any]], memo: Any = None) -> list[dict[str, Any]]:
+    """Ray Data replaced by a loop."""
+    return [out for row in rows for out in task(row)]
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     """Everything that the stage reads, made by the stages' own code; the model has seen nothing."""
@@ -139,11 +144,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
             columns = {"id": names, "group": names, "source": names, "licence": names, "text": texts}
             pq.write_table(pa.table(columns), build.stream)
         parts.append(build.entry)
-    documents = publish("ingest", parts)
-    text, _ = vocabulary._learn(TokenizerConfig(vocab_size=350), documents.ref, workspace)
+    documents = publish("curate", parts)
+    train = [row["text"] for row in vocabulary.sample(documents, "train", 1 << 30)]
+    text = vocabulary._learnt(TokenizerConfig(vocab_size=350), train)
     tokenizer = publish("tokenizer", [workspace.put_bytes("tokenizer.json", text.encode())])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "map_rows", lambda name, task, rows: [out for row in rows for out in task(row)])
+        patch.setattr(shards, "map_rows", plain)
         tokenized = publish("tokenize", shards.run(TokenizeConfig(), documents, tokenizer, workspace)[0])
     blank = Transformer(SHAPE, 350, CONTEXT)
     torch.nn.init.zeros_(blank.head.weight)
@@ -151,15 +157,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     state = json.dumps({"vocab_size": 350, "end_token": 0, "step": 1, "epochs": 1.0}).encode()
     files = [workspace.put_bytes("model.safetensors", save(weights)), workspace.put_bytes("state.json", state)]
     trained = publish("pretrain", files)
-    return {"ingest": documents, "tokenizer": tokenizer, "tokenize": tokenized, "pretrain": trained}
+    return {"curate": documents, "tokenizer": tokenizer, "tokenize": tokenized, "pretrain": trained}
 
 
 SHAPE = ModelConfig(num_layers=1, d_model=16, num_heads=1, d_ff=16, tied_embeddings=False)
 
 
 def evaluated(inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch, **config: Any) -> dict[str, Any]:
-    monkeypatch.setattr(quality, "map_rows", lambda name, task, rows: [out for row in rows for out in task(row)])
-    workspace = inputs["ingest"].workspace
+    monkeypatch.setattr(quality, "map_rows", plain)
+    workspace = inputs["curate"].workspace
     config = {"baselines": ("gzip", "zstd", "bigram"), "sample_tokens": 5, "prompts": ("abc ",), **config}
     [file], metrics = quality.run(EvaluateConfig(**config), SHAPE, CONTEXT, inputs, workspace)
     assert json.loads(workspace.verified(file, "report.json").read_bytes()) == metrics
@@ -170,7 +176,7 @@ def test_the_report_has_every_comparator_on_the_same_bytes(
     inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = evaluated(inputs, monkeypatch)
-    texts = [row["text"] for row in vocabulary.sample(inputs["ingest"], "heldout", 1 << 30)]
+    texts = [row["text"] for row in vocabulary.sample(inputs["curate"], "heldout", 1 << 30)]
     num_bytes = sum(len(text.encode()) for text in texts)
     tokenizer = vocabulary.load(inputs["tokenizer"])
     num_tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts))
@@ -186,8 +192,8 @@ def test_the_report_has_every_comparator_on_the_same_bytes(
 
 def test_scored_tokens_are_those_of_the_shards(inputs: dict[str, Artifact]) -> None:
     refs = {role: artifact.ref for role, artifact in inputs.items()}
-    scorer = quality._Scorer(EvaluateConfig(), SHAPE, CONTEXT, refs, inputs["ingest"].workspace)
-    texts = [row["text"] for row in vocabulary.sample(inputs["ingest"], "heldout", 1 << 30)]
+    scorer = quality._Scorer(EvaluateConfig(), SHAPE, CONTEXT, refs, inputs["curate"].workspace)
+    texts = [row["text"] for row in vocabulary.sample(inputs["curate"], "heldout", 1 << 30)]
     shard = shards.Shard(inputs["tokenize"].local_path("heldout-00000.tok"))
     stored = [shard.tokens[row["offset"] : row["offset"] + row["length"]].tolist() for row in shard.table().to_pylist()]
     # A shard ends each document with the end token, a score begins with it.

@@ -37,7 +37,7 @@ def corpus(workspace: Workspace) -> Artifact:
     """Two shards of documents in which each token mostly decides the next."""
     draw = np.random.default_rng(0)
     follower = draw.permutation(np.arange(1, VOCAB))
-    files = []
+    files, index = [], []
     for i, documents in enumerate((40, 25)):
         pieces = []
         for _ in range(documents):
@@ -49,6 +49,10 @@ def corpus(workspace: Workspace) -> Artifact:
         with workspace.new_file(f"train-{i:05d}.tok") as build:
             shards.write(build.stream, np.array(pieces, dtype=np.uint16), table, vocab_size=VOCAB, end_token=END)
         files.append(build.entry)
+        size_bytes = build.entry.size_bytes
+        index.append(shards.ShardInfo(build.entry.name, build.entry.sha256, size_bytes, len(pieces), 1, "made"))
+    content = shards.ShardIndex(tuple(index), VOCAB, END).to_json()
+    files.append(workspace.put_bytes(shards.INDEX, content))
     return workspace.publish(Manifest(stage="tokenize", fingerprint="0" * 16, files=tuple(files)))
 
 

