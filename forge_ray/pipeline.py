@@ -93,7 +93,7 @@ STAGES: tuple[Stage, ...] = (
         "forge_ray.data.curate",
         ("ingest",),
         config=lambda c: c.curate.fingerprinted(),
-        call=lambda m, c, i, w, p: m.run(c.curate, i["ingest"], w),
+        call=lambda m, c, i, w, p: m.run(c.curate, i["ingest"], w, frozen=p.frozen),
         observe=lambda m, c, w: m.observe(c.curate),
     ),
     Stage(
@@ -172,7 +172,7 @@ def plan(config: ForgeConfig, until: str = "export") -> list[Planned]:
             wanted="ingest.sources with at least one entry",
             do="start from jobs/demo.yaml, or set --ingest.sources='[{kind: files, uri: FOLDER}]'",
         )
-    workspace = Workspace(config.workspace)
+    workspace = Workspace(config.workspace, config.cache_bytes)
     wanted = _ancestors(until)
     planned: dict[str, Planned] = {}
     for stage in (s for s in (*STAGES, SWEEP) if s.name in wanted):
@@ -218,7 +218,7 @@ def run(config: ForgeConfig, until: str = "export", stack: ExitStack | None = No
     """
     from forge_ray.runtime import cluster
 
-    workspace = Workspace(config.workspace)
+    workspace = Workspace(config.workspace, config.cache_bytes)
     outcomes: dict[str, Outcome] = {}
     with ExitStack() as own:
         for planned in plan(config, until):

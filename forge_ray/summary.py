@@ -44,6 +44,7 @@ def as_text(outcomes: Mapping[str, Outcome], workspace: str, answer: tuple[str, 
     """The result of a run for a terminal; `answer` is what the endpoint was asked, and what it wrote."""
     metrics = {name: outcome.artifact.metrics for name, outcome in outcomes.items()}
     parts = [_learned(metrics["evaluate"])] if "evaluate" in metrics else []
+    parts += [_curated(metrics["curate"])] if "curate" in metrics else []
     parts += [_trained(metrics)] if "pretrain" in metrics else []
     parts += [_stages(outcomes, Storage(workspace).uri)]
     if answer:
@@ -107,6 +108,19 @@ def _learned(evaluated: Mapping[str, Any]) -> str:
     rows += [f"  ({evaluated['heldout_seen_frac']:.1%} of that text stands in lines that training documents have too)"]
     samples = "\n\n".join(_indent(f"{s['prompt']}[...]{s['continuation']}") for s in evaluated["samples"])
     return "\n".join([head, *rows]) + f"\n\nWhat it writes after [...]\n\n{samples}"
+
+
+def _curated(c: Mapping[str, Any]) -> str:
+    found, kept = (c[f"train_documents{end}"] + c[f"heldout_documents{end}"] for end in ("_in", ""))
+    text = f"{kept:,} of {found:,} documents kept"
+    if not c["steps"]:
+        return f"{text}, as they are: no step of curate is switched on"
+    dropped = ", ".join(f"{sum(by.values()):,} by {step}" for step, by in c["dropped"].items())
+    private = sum(c["found"].values())
+    return (
+        f"{text}{f'; dropped: {dropped}' if dropped else ''}\n{c['lines_removed']:,} repeated lines removed, "
+        f"{private:,} private details found; `{_program()} data report` shows which, and why"
+    )
 
 
 def _trained(metrics: Mapping[str, Mapping[str, Any]]) -> str:

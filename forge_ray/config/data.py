@@ -281,7 +281,7 @@ class CurateConfig(Section):
     """Line deduplication."""
     decontaminate: DecontaminateConfig = DecontaminateConfig()
     """Keeping evaluation texts out of training."""
-    spill_bytes: Annotated[Positive, OPERATIONAL] = 256 << 20
+    spill_bytes: Annotated[Positive, OPERATIONAL] = 64 << 20
     """Memory of one task of a step across documents; what is larger is cut into more pieces, through the workspace."""
 
 

@@ -286,7 +286,8 @@ class File:
         """Its rows as Arrow batches, verified; columns that it lacks are left out."""
         import pyarrow.dataset as ds
 
-        dataset = ds.dataset(self.artifact.local_path(self.name), format="parquet")
+        path = self.artifact.local_path(self.name)  # the dataset opens it late, by name
+        dataset = ds.dataset(path, format="parquet")
         chosen = [name for name in columns or dataset.schema.names if name in dataset.schema.names and name != "text"]
         yield from dataset.scanner(
             columns=chosen, filter=wanted, batch_size=1 << 16, batch_readahead=1, fragment_readahead=1

@@ -29,7 +29,9 @@ _BATCH_BYTES = 8 << 20
 
 def settled_by(config: CurateConfig) -> dict[str, Any]:
     """What decides the result of the first pass; of the steps across documents, what their features depend on."""
-    return {name: value for name, value in config.fingerprinted().items() if name != "decontaminate"}
+    settled = {name: value for name, value in config.fingerprinted().items() if name != "decontaminate"}
+    settled["lines"] = {name: settled["lines"][name] for name in ("enabled", "min_chars")}
+    return settled | {"compares": compares(config)}
 
 
 def compares(config: CurateConfig) -> bool:
@@ -74,7 +76,7 @@ class Cleaner:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        steps = _steps(self.config)
+        chosen = steps(self.config)
         path = self.workspace.verified(row["entry"], f"{self.documents_ref}:{row['_part']}")
         seconds: Counter[str] = Counter()
         found: Counter[str] = Counter()
@@ -85,7 +87,7 @@ class Cleaner:
             features = stack.enter_context(self.workspace.new_file("features")) if compares(self.config) else None
             writers: list[Any] = []
             for batch in _batches(path):
-                done = _run_steps(steps, batch, seconds)
+                done = _run_steps(chosen, batch, seconds)
                 alive = done.alive()
                 kept += len(alive)
                 tables = [_cleaned(batch, done, alive), _fates(batch, done, row["split"])]
@@ -137,16 +139,16 @@ def _batches(path: Path) -> Iterator[pa.Table]:
 Step = Callable[[_Fates, "pa.Table"], None]
 
 
-def _run_steps(steps: Sequence[tuple[str, Step]], batch: pa.Table, seconds: Counter[str]) -> _Fates:
+def _run_steps(chosen: Sequence[tuple[str, Step]], batch: pa.Table, seconds: Counter[str]) -> _Fates:
     done = _Fates(batch["text"].to_pylist(), batch["language"].to_pylist())
-    for name, step in steps:
+    for name, step in chosen:
         began = time.perf_counter()
         step(done, batch)
         seconds[name] += time.perf_counter() - began
     return done
 
 
-def _steps(config: CurateConfig) -> list[tuple[str, Step]]:
+def steps(config: CurateConfig) -> list[tuple[str, Step]]:
     """The steps that are switched on, in order."""
     every: list[tuple[str, bool, Callable[[CurateConfig], Step]]] = [
         ("licences", bool(config.licences.allow), _licences),

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,22 +54,34 @@ def observe(config: CurateConfig) -> dict[str, Any]:
     return {"evaluation": [[[row["key"], row["size"], row["state"]] for row in rows] for rows in listings]}
 
 
-def run(config: CurateConfig, documents: Artifact, workspace: Workspace) -> tuple[list[FileEntry], dict[str, Any]]:
+def run(
+    config: CurateConfig, documents: Artifact, workspace: Workspace, frozen: Mapping[str, Any] | None = None
+) -> tuple[list[FileEntry], dict[str, Any]]:
     """Curates every part of an ingest artifact.
+
+    Args:
+        config: The steps.
+        documents: What ingest published.
+        workspace: Where the parts lie and go.
+        frozen: What `observe` gave when the stage was planned; none for whatever it gives now.
 
     Returns:
         The artifact's files and its metrics: documents and bytes before and after, drops by step and reason, private
         data by kind, seconds of work by step.
 
     Raises:
-        DataError: No document is left to train on, or none to evaluate on.
+        DataError: No document is left to train on, or none to evaluate on, or an evaluation set changed while it was
+            read.
         NotInstalledError: A step needs a package or model that is not there.
     """
+    clean.steps(config)  # what is wrong with them is better said before any work
     parts = parts_of(documents)
     rows = [{"_part": part.name, "split": part.split, "entry": documents.entry(part.name)} for part in parts]
     memo = Memo(workspace, "clean", FORMAT_VERSION, clean.settled_by(config))
     cleaned = map_rows("curate", clean.Cleaner(config, documents.ref, workspace), rows, memo)
     decided = _across(config, parts, cleaned, workspace)
+    if frozen is not None and observe(config) != frozen:
+        raise _changed(config)
     memo = Memo(workspace, "apply", FORMAT_VERSION, {"lines": config.lines.fingerprinted()})
     rows = [
         {"_part": row["_part"], "clean": first["clean"], "fates": first["fates"], "decisions": decisions}
@@ -89,6 +102,15 @@ def run(config: CurateConfig, documents: Artifact, workspace: Workspace) -> tupl
     metrics = _metrics(config, parts, left, cleaned, applied)
     _check(metrics)
     return files, metrics
+
+
+def _changed(config: CurateConfig) -> DataError:
+    """The fingerprint names what the evaluation sets were when the stage was planned; what was read must be that."""
+    return DataError(
+        "an evaluation set changed while it was read",
+        got=", ".join(config.decontaminate.uris),
+        do="run the same command again, once nothing writes there: what did not change is not read again",
+    )
 
 
 def _across(

@@ -83,7 +83,8 @@ class Shown:
         found = {}
         for part, ids in sorted(by_part.items()):
             try:
-                dataset = ds.dataset(build.ingest.local_path(part), format="parquet")
+                path = build.ingest.local_path(part)  # the dataset opens it late, by name
+                dataset = ds.dataset(path, format="parquet")
             except ArtifactError as error:
                 found |= dict.fromkeys(ids, f"({error.what})")
                 continue

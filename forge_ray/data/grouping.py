@@ -72,7 +72,8 @@ def read_features(workspace: Workspace, piece: Piece, column: str) -> Iterator[t
     first = piece.first
     if not piece.documents:
         return
-    with pa.memory_map(str(workspace.verified(piece.features, "dedup: features"))) as source:
+    path = workspace.verified(piece.features, "dedup: features")
+    with pa.memory_map(str(path)) as source:
         for batch in pa.ipc.open_stream(source):
             yield first, batch[column]
             first += len(batch)

@@ -35,11 +35,16 @@ from forge_ray.runtime import map_rows
 from forge_ray.telemetry import format_bytes, say
 
 SCHEMA_FIELDS = ("id", "key", "group", "origin", "source", "licence", "language", "created", "metadata", "text")
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 PARTS = "parts.json"
 SPLITS = ("train", "heldout")
+_OF_THE_WHOLE = ("sources", "max_unreadable_frac")
 _SHOWN_SKIPS = 3
 _SHOWN_GROUPS = 100
+# Rows wait in lists, some 500 bytes each beside the text, until a file of them is written: short documents close a part
+# before `part_bytes` do, and a file of a hundred million broken lines takes no more memory than one of a thousand.
+_PART_ROWS = 1 << 17
+_SKIPPED_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,8 @@ def run(
         raise _changed(config)
     stones = [stone for stone in forget.tombstones(workspace) if stone["id"] in frozen["forgotten"]]
     forgotten = _forgotten(units, stones)
-    read = config.fingerprinted()
-    read.pop("sources")
+    # What a unit gives depends on its own source, and not on how many units may go wrong.
+    read = {name: value for name, value in config.fingerprinted().items() if name not in _OF_THE_WHOLE}
     memo = Memo(workspace, "ingest", FORMAT_VERSION, read)
     results = map_rows("ingest", _Reader(config, workspace), [_row(config, unit, forgotten) for unit in units], memo)
     if layout.digest(layout.plan(config, workspace)) != frozen["layout"]:
@@ -174,7 +179,7 @@ class _Reader:
 
         reader = botocore_docs if row["botocore"] else formats
         parts: list[dict[str, Any]] = []
-        skipped = _SkippedRows(row["origin"])
+        skipped = _SkippedRows(row["origin"], self.workspace)
         open_parts = {split: _Part(split, row["origin"], self.workspace) for split in SPLITS}
         forgotten = frozenset(row["forget"])
         for item in self._checked(reader.read(row["unit"], self.config)):
@@ -187,10 +192,10 @@ class _Reader:
                 continue
             part = open_parts["heldout" if held_out(self.config, item.group) else "train"]
             part.add(doc_id, item)
-            if part.num_bytes >= self.config.part_bytes:
+            if part.num_bytes >= self.config.part_bytes or part.num_rows >= _PART_ROWS:
                 parts.append(part.store(self.config))
         parts += [part.store(self.config) for part in open_parts.values() if part.num_rows]
-        return [{"parts": parts, "origin": row["origin"], "skipped": skipped.store(self.workspace)}]
+        return [{"parts": parts, "origin": row["origin"], "skipped": skipped.finish()}]
 
     def _checked(self, items: Iterator[Document | Skipped]) -> Iterator[Document | Skipped]:
         for item in items:
@@ -233,7 +238,7 @@ class _Part:
             "entry": build.entry,
             "documents": self.num_rows,
             "bytes": self.num_bytes,
-            "groups": sorted(digest_bytes(group.encode())[:16] for group in groups) if self.split == "heldout" else [],
+            "groups": "".join(sorted(digest_bytes(g.encode())[:16] for g in groups)) if self.split == "heldout" else "",
             "examples": sorted(groups)[:_SHOWN_GROUPS] if self.split == "heldout" else [],
             "named": sorted(groups.intersection(config.held_out_groups)),
         }
@@ -244,15 +249,18 @@ class _Part:
 class _SkippedRows:
     """What a unit left out, on its way into the ledger."""
 
-    def __init__(self, origin: str) -> None:
-        self.origin = origin
+    def __init__(self, origin: str, workspace: Workspace) -> None:
+        self.origin, self.workspace = origin, workspace
         self.counts: Counter[str] = Counter()
         self.first: list[list[str]] = []
         self.unreadable: list[list[str]] = []
         self.num_unreadable = 0
-        self.columns: dict[str, list[Any]] = {
-            name: [] for name in ("id", "key", "origin", "source", "fate", "step", "reason", "detail")
-        }
+        self.entries: list[FileEntry] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        names = ("id", "key", "origin", "source", "fate", "step", "reason", "detail")
+        self.columns: dict[str, list[Any]] = {name: [] for name in names}
 
     def add(self, item: Skipped) -> None:
         """Something that is no document that can be used; its id names its place alone."""
@@ -276,12 +284,19 @@ class _SkippedRows:
         row = (doc_id, key, self.origin, source, fate, "ingest", reason, detail)
         for column, value in zip(self.columns.values(), row, strict=True):
             column.append(value)
+        if len(self.columns["id"]) >= _SKIPPED_ROWS:
+            self._store()
 
-    def store(self, workspace: Workspace) -> dict[str, Any]:
-        """Its counts and, if there is any, its blob."""
-        entry = ledger.store(workspace, "skipped", ledger.table(self.columns)) if self.columns["id"] else None
+    def _store(self) -> None:
+        self.entries.append(ledger.store(self.workspace, "skipped", ledger.table(self.columns)))
+        self._clear()
+
+    def finish(self) -> dict[str, Any]:
+        """Its counts, and its blobs."""
+        if self.columns["id"]:
+            self._store()
         return {
-            "entry": entry,
+            "entries": self.entries,
             "counts": dict(self.counts),
             "first": self.first,
             "unreadable": self.unreadable,
@@ -301,10 +316,9 @@ def _named(results: list[dict[str, Any]], units: list[layout.Unit]) -> tuple[lis
             files.append(replace(row["entry"], name=name))
             part = Part(name, row["split"], unit.generation, result["origin"], row["documents"], row["bytes"])
             parts.append(part)
-        if result["skipped"]["entry"]:
-            name = f"{ledger.PREFIX}skipped-{numbers['skipped']:05d}.parquet"
+        for entry in result["skipped"]["entries"]:
+            files.append(replace(entry, name=f"{ledger.PREFIX}skipped-{numbers['skipped']:05d}.parquet"))
             numbers["skipped"] += 1
-            files.append(replace(result["skipped"]["entry"], name=name))
     return files, parts
 
 
@@ -348,7 +362,6 @@ class _Skips:
 
 def _metrics(config: IngestConfig, parts: list[Part], results: list[dict[str, Any]], skips: _Skips) -> dict[str, Any]:
     rows = [row for result in results for row in result["parts"]]
-    groups = {group for row in rows for group in row["groups"]}
     examples = {group for row in rows for group in row["examples"]}
     metrics: dict[str, Any] = {
         f"{split}_{what}": sum(getattr(part, what) for part in parts if part.split == split)
@@ -357,7 +370,7 @@ def _metrics(config: IngestConfig, parts: list[Part], results: list[dict[str, An
     }
     return {
         **metrics,
-        "num_heldout_groups": len(groups),
+        "num_heldout_groups": _num_groups([row["groups"] for row in rows]),
         "heldout_groups": sorted(examples)[:_SHOWN_GROUPS],
         "held_out_by_name": sorted({name for row in rows for name in row["named"]}),
         "origins": by_origin(parts),
@@ -365,6 +378,13 @@ def _metrics(config: IngestConfig, parts: list[Part], results: list[dict[str, An
         "forgotten": skips.forgotten,
         "generations": 1 + max((part.generation for part in parts), default=0),
     }
+
+
+def _num_groups(digests: Sequence[str]) -> int:
+    """How many groups there are, of which parts give 16 hex digits each; memory: 16 bytes for each that a part has."""
+    import numpy as np
+
+    return len(np.unique(np.frombuffer(bytes.fromhex("".join(digests)), np.uint64)))
 
 
 def _check(config: IngestConfig, metrics: dict[str, Any], skips: _Skips) -> None:

@@ -10,10 +10,11 @@ offset 0    8 bytes   magic b"FORGETOK"
                       table_bytes, tokens_sha256, table_sha256
       ...             zeros up to a multiple of 64
       T               tokens: num_tokens ids; each document is its ids followed by end_token
-      T + tokens      table: one Arrow IPC stream with the columns id, offset, length, source, licence; offset and
-      length
+      T + tokens      table: one Arrow IPC stream with the columns id, offset, length, key, licence; offset and length
                       count tokens, the end token included
 ```
+
+It names no place: of a corpus that moves to another folder or store, every shard stays the same, byte for byte.
 
 A shard is a blob, so its manifest holds the SHA-256 of the whole; the two digests inside let a lone file be verified.
 A shard holds documents of one split and one source. Beside them the artifact has `index.json`: what training plans its
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,13 +45,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from tokenizers import Tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _SHARD_VERSION = 1
 INDEX = "index.json"
 MAGIC = b"FORGETOK"
 _ALIGN = 64
 _ENCODE_DOCUMENTS = 256
 _LOADED: dict[str, Tokenizer] = {}  # by digest; one at a time
+_Place = tuple[str, str, int, int]  # a document's id, its shard, the place in it and the length, in tokens
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def write(stream: Any, tokens: np.ndarray, table: pa.Table, *, vocab_size: int, 
     Args:
         stream: A binary file at its start.
         tokens: Ids, of `dtype_of(vocab_size)`.
-        table: Columns id, offset, length, source, licence.
+        table: Columns id, offset, length, key, licence.
         vocab_size: Entries of the vocabulary; every id is below it.
         end_token: The id that ends each document.
     """
@@ -229,11 +232,12 @@ def run(
     results = map_rows("tokenize", _Tokenizer(config, documents.ref, tokenizer.ref, workspace), units, memo)
     files: list[FileEntry] = []
     index: list[ShardInfo] = []
+    numbers: Counter[str] = Counter()
     metrics = {f"{split}_{what}": 0 for split in ("train", "heldout") for what in ("tokens", "documents", "bytes")}
     for unit, result in zip(units, results, strict=True):
         for row in result["shards"]:
-            number = sum(entry.name.startswith(row["split"]) for entry in files)
-            files.append(replace(row["entry"], name=f"{row['split']}-{number:05d}.tok"))
+            files.append(replace(row["entry"], name=f"{row['split']}-{numbers[row['split']]:05d}.tok"))
+            numbers[row["split"]] += 1
             if row["split"] == "train":
                 size, digest = files[-1].size_bytes, files[-1].sha256
                 index.append(ShardInfo(files[-1].name, digest, size, row["tokens"], row["documents"], row["origin"]))
@@ -276,7 +280,7 @@ class _Tokenizer:
         path = self.workspace.verified(unit["entry"], f"{self.documents_ref}:{unit['_part']}")
         split = unit["split"]
         rows, pending = [], _Pending()
-        places: dict[str, tuple[str, int, int]] = {}
+        places: list[_Place] = []
         for batch in pq.ParquetFile(path).iter_batches(batch_size=_ENCODE_DOCUMENTS):
             documents = batch.to_pylist()
             encodings = tokenizer.encode_batch_fast(
@@ -309,19 +313,24 @@ class _Tokenizer:
             _LOADED[sha256] = vocabulary.load(self.workspace.get(self.tokenizer_ref))
         return _LOADED[sha256]
 
-    def _ledger(self, unit: dict[str, Any], places: dict[str, tuple[str, int, int]]) -> FileEntry:
-        """The part's ledger with the place of each kept document."""
+    def _ledger(self, unit: dict[str, Any], places: list[_Place]) -> FileEntry:
+        """The part's ledger with the place of each kept document: they come in one order, and ids may come twice."""
         import pyarrow.parquet as pq
 
         found = pq.read_table(self.workspace.verified(unit["ledger"], f"{self.documents_ref}:{unit['ledger'].name}"))
-        nowhere = (None, None, None)
-        rows = [places.get(doc_id, nowhere) for doc_id in found["id"].to_pylist()]
         columns = {name: found[name].to_pylist() for name in found.column_names}
-        for name, values in zip(("shard", "offset", "tokens"), zip(*rows, strict=True), strict=True):
-            columns[name] = list(values)
+        kept = [i for i, fate in enumerate(columns["fate"]) if fate == ledger.KEPT]
+        if [columns["id"][i] for i in kept] != [doc_id for doc_id, *_ in places]:
+            raise CorruptError(
+                "a part and its ledger do not name the same documents",
+                got=f"{self.documents_ref}:{unit['_part']}: {len(places)} documents, {len(kept)} kept by the ledger",
+                do=f"delete artifacts/{self.documents_ref}.json and run the same command again; report it as a defect",
+            )
+        for i, (_, *place) in zip(kept, places, strict=True):
+            columns["shard"][i], columns["offset"][i], columns["tokens"][i] = place
         return ledger.store(self.workspace, unit["ledger"].name, ledger.table(columns))
 
-    def _store(self, split: str, pending: _Pending, places: dict[str, tuple[str, int, int]]) -> dict[str, Any]:
+    def _store(self, split: str, pending: _Pending, places: list[_Place]) -> dict[str, Any]:
         import numpy as np
         import pyarrow as pa
 
@@ -329,7 +338,7 @@ class _Tokenizer:
         with self.workspace.new_file(split) as build:
             write(build.stream, tokens, pa.table(pending.columns), vocab_size=self._vocab_size, end_token=self._end)
         for doc_id, offset, length in zip(*(pending.columns[n] for n in ("id", "offset", "length")), strict=True):
-            places[doc_id] = (build.entry.sha256, offset, length)
+            places.append((doc_id, build.entry.sha256, offset, length))
         return {
             "split": split,
             "entry": build.entry,
@@ -347,12 +356,12 @@ class _Pending:
         self.tokens: list[np.ndarray] = []
         self.num_tokens = self.num_bytes = 0
         self.origin = ""
-        self.columns: dict[str, list[Any]] = {name: [] for name in ("id", "offset", "length", "source", "licence")}
+        self.columns: dict[str, list[Any]] = {name: [] for name in ("id", "offset", "length", "key", "licence")}
 
     def add(self, document: dict[str, str], ids: list[int]) -> None:
         import numpy as np
 
-        row = (document["id"], self.num_tokens, len(ids), document["source"], document["licence"])
+        row = (document["id"], self.num_tokens, len(ids), document["key"], document["licence"])
         for column, value in zip(self.columns.values(), row, strict=True):
             column.append(value)
         self.tokens.append(np.asarray(ids, dtype=np.uint32))

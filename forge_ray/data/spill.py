@@ -84,7 +84,8 @@ def read_columns(workspace: Workspace, entry: FileEntry) -> Columns:
     """What `write_columns` stored, verified and mapped."""
     import pyarrow as pa
 
-    with pa.memory_map(str(workspace.verified(entry, "dedup: intermediate"))) as source:
+    path = workspace.verified(entry, "dedup: intermediate")
+    with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_file(source).read_all()
     return {name: _numbers(table[name]) for name in table.column_names}
 

@@ -116,8 +116,11 @@ def _same_bytes(private: Forge, forge: Forge, job: Path) -> None:
 
 
 def _workers(driver_pid: int) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process(driver_pid).children(recursive=True):
+    found: list[psutil.Process] = []
+    below: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has done its work
+        below = psutil.Process(driver_pid).children(recursive=True)
+    for process in below:
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.name().startswith("ray::") or "default_worker" in " ".join(process.cmdline()[:3]):
                 found.append(process)

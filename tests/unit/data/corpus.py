@@ -22,7 +22,7 @@ def publish(workspace: Workspace, sizes: list[int], origins: str = "") -> Artifa
     """Shards of so many tokens, which count on from one to the next, so that a token tells where it stands."""
     rows, base = [], 0
     for i, (size, origin) in enumerate(zip(sizes, origins or "a" * len(sizes), strict=True)):
-        table = pa.table({"id": ["x"], "offset": [0], "length": [size], "source": ["x"], "licence": ["x"]})
+        table = pa.table({"id": ["x"], "offset": [0], "length": [size], "key": ["x"], "licence": ["x"]})
         with workspace.new_file(f"train-{i:05d}.tok") as build:
             tokens = np.arange(base, base + size, dtype=np.uint32)
             shards.write(build.stream, tokens, table, vocab_size=VOCAB, end_token=0)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from forge_ray.artifact import Artifact, Workspace
+from forge_ray import copies
 from forge_ray.data import cache
 from forge_ray.data.cache import ShardCache
 from forge_ray.data.shards import ShardIndex, ShardInfo
@@ -66,7 +67,7 @@ def started() -> Iterator[Callable[..., multiprocessing.process.BaseProcess]]:
 
 def names(store: ShardCache) -> set[str]:
     """All that lies in the folder but the lock."""
-    return {path.name for path in store.folder.iterdir()} - {cache._SPACE}
+    return {path.name for path in store.folder.iterdir()} - {copies._SPACE}
 
 
 def digests(rows: tuple[ShardInfo, ...], *numbers: int) -> set[str]:
@@ -132,7 +133,7 @@ def test_what_is_there_never_exceeds_the_bound_and_every_shard_is_read(
     assert [process.exitcode for process in processes] == [0, 0, 0]
     # A listing takes time, so it may see a file that comes and one that went: no more than one.
     assert 2 * rows[0].size_bytes < largest_bytes <= store.room_bytes + rows[-1].size_bytes
-    assert store._used_bytes() <= store.room_bytes
+    assert store.used_bytes() <= store.room_bytes
 
 
 def test_what_was_used_least_recently_goes_first(
@@ -208,7 +209,7 @@ def test_a_fetch_that_is_killed_is_done_by_the_next(
     process = started(lambda: broken.open(rows[0].entry, "x", {}))
     until("half a shard", (tmp_path / "half").exists)
     assert store.prepare(rows[0].entry, "x", {}) > 0  # it is on its way
-    assert store._used_bytes() == rows[0].size_bytes  # reserved as a whole
+    assert store.used_bytes() == rows[0].size_bytes  # reserved as a whole
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     take(store, rows[1])  # whoever comes next clears away what is left

@@ -173,3 +173,27 @@ def test_a_flipped_byte_in_a_part_is_refused(workspace: Workspace, publish: Call
     path.write_bytes(data)
     with pytest.raises(Exception, match="do not match"):
         curate.run(CurateConfig(), documents, Workspace(workspace.uri))
+
+
+def test_a_step_switched_on_later_gives_what_it_would_have_given_at_first(
+    workspace: Workspace, build: Build, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    build()
+    later = build(decontaminate={"enabled": True})[0]
+    other = Workspace(str(tmp_path_factory.mktemp("other")))
+    config = IngestConfig(sources=[{"kind": "files", "uri": str(folder)}], held_out_frac=0.2)
+    documents = other.publish(Manifest("ingest", "0" * 16, tuple(ingest.run(config, other)[0])))
+    assert curate.run(CurateConfig.model_validate({"decontaminate": {"enabled": True}}), documents, other)[0] == later
+
+
+def test_an_evaluation_set_that_changes_while_it_is_read_is_named(
+    workspace: Workspace, publish: Callable[..., Artifact], rows: Any, tmp_path: Path
+) -> None:
+    documents = publish({"train-00000.parquet": rows(20), "heldout-00000.parquet": rows(5, seed=1)})
+    (tmp_path / "exam.txt").write_text(sentence(1))
+    config = CurateConfig.model_validate({"decontaminate": {"enabled": True, "uris": [str(tmp_path / "exam.txt")]}})
+    frozen = curate.observe(config)
+    assert curate.run(config, documents, workspace, frozen=frozen)[0]
+    (tmp_path / "exam.txt").write_text(sentence(2) + "more")
+    with pytest.raises(DataError, match=r"exam\.txt"):
+        curate.run(config, documents, workspace, frozen=frozen)

@@ -222,3 +222,28 @@ def test_what_was_read_is_not_read_again(folder: Path, workspace: Workspace, mon
     files, _ = ingest.run(config(folder), workspace)
     monkeypatch.setattr(ingest._Reader, "__call__", lambda *_: pytest.fail("it was read again"))
     assert ingest.run(config(folder), workspace)[0] == files
+
+
+def test_any_number_of_skipped_and_of_short_documents_is_written_in_pieces(
+    folder: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "broken.jsonl").write_text("{\n" * 25)
+    monkeypatch.setattr(ingest, "_SKIPPED_ROWS", 10)
+    monkeypatch.setattr(ingest, "_PART_ROWS", 50)
+    files, metrics = ingest.run(config(folder, max_unreadable_frac=1.0), workspace)
+    skipped = parts_of(workspace, files, "ledger-skipped")
+    assert [len(part) for part in skipped] == [10, 10, 5]
+    assert len({row["id"] for part in skipped for row in part}) == 25
+    assert max(len(part) for part in parts_of(workspace, files, "train")) == 50
+    assert metrics["train_documents"] + metrics["heldout_documents"] == 200
+    assert metrics["num_heldout_groups"] == metrics["heldout_documents"]
+
+
+def test_what_was_read_is_not_read_again_because_more_may_be_unreadable(
+    folder: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "broken.jsonl").write_text("{\n" * 100)
+    with pytest.raises(DataError, match="unreadable"):
+        ingest.run(config(folder), workspace)
+    monkeypatch.setattr(ingest._Reader, "__call__", lambda *_: pytest.fail("it was read again"))
+    assert ingest.run(config(folder, max_unreadable_frac=0.5), workspace)[1]["skipped"]

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from forge_ray.artifact import Artifact, Manifest
-from forge_ray.config import TokenizeConfig, TokenizerConfig
-from forge_ray.data import shards
+from forge_ray.config import CurateConfig, TokenizeConfig, TokenizerConfig
+from forge_ray.data import curate, shards
 from forge_ray.data import tokenizer as vocabulary
 from forge_ray.data.shards import Shard
 from forge_ray.errors import CorruptError
@@ -159,7 +161,7 @@ def test_the_table_leads_to_every_documents_text(stage: tuple[Artifact, Artifact
             assert shard.header.end_token not in ids[:-1]
             document = wanted.pop(row["id"])
             assert tokenizer.decode(ids[:-1]) == document["text"]
-            assert row["source"] == document["source"]
+            assert row["key"] == document["key"]
         assert not wanted
         assert end == shard.header.num_tokens == metrics[f"{split}_tokens"]
 
@@ -201,3 +203,29 @@ def test_shards_hold_documents_of_one_source_each(
     assert content in published.manifest.files
     found = [(row.origin, row.documents) for row in shards.ShardIndex.of(published).shards]
     assert found == [("a", 3), ("b", 2), ("a", 1), ("b", 3), ("", 2)]
+
+
+def test_of_two_documents_with_one_id_each_has_the_place_that_is_its_own(
+    stage: tuple[Artifact, Artifact], publish: Callable[..., Artifact], rows: Callable[..., Any]
+) -> None:
+    """Two sources, or http and https, may give the same file, and so the same id."""
+    documents, tokenizer = stage
+    workspace = documents.workspace
+    # The middle one is the first again.
+    twice = [row | {"origin": "a"} for row in rows(2, seed=3)]
+    documents = publish(
+        {"train-00000.parquet": [twice[0], twice[0], twice[1]], "heldout-00000.parquet": rows(5, seed=1)}
+    )
+    for steps, fates in (({}, ["kept", "kept", "kept"]), ({"exact": {"enabled": True}}, ["kept", "dropped", "kept"])):
+        curated, _ = curate.run(CurateConfig.model_validate(steps), documents, workspace)
+        name = f"{len(steps):016d}"
+        artifact = workspace.publish(Manifest(stage="curate", fingerprint=name, files=tuple(curated)))
+        files, _ = shards.run(TokenizeConfig(), artifact, tokenizer, workspace)
+        entries = {entry.name: entry for entry in files}
+        table = Shard(workspace.verified(entries["train-00000.tok"], "x")).table()
+        ledger = pq.read_table(workspace.verified(entries["ledger-train-00000.parquet"], "x"))
+        assert ledger["fate"].to_pylist() == fates
+        placed = ledger.filter(pc.is_valid(ledger["shard"]))
+        assert placed["fate"].to_pylist() == ["kept"] * fates.count("kept")
+        for ours, theirs in (("id", "id"), ("offset", "offset"), ("tokens", "length")):
+            assert placed[ours].to_pylist() == table[theirs].to_pylist()
