@@ -66,9 +66,14 @@ def cluster(config: RayConfig) -> Iterator[None]:
         return
     address = _address(config)
     with contextlib.ExitStack() as stack:
-        folder = None if address else stack.enter_context(_own_folder())
-        stack.callback(ray.shutdown)
-        context = _join(ray, address) if address else _start(ray, config, folder)
+        if address:
+            stack.callback(ray.shutdown)
+            context = _join(ray, address)
+        else:
+            folder = stack.enter_context(_own_folder())
+            port = stack.enter_context(_claimed_port(config.dashboard_port)) if config.dashboard else None
+            stack.callback(ray.shutdown)
+            context = _start(ray, config, folder, port)
         say(
             f"ray: {'joined ' + address if address else 'private cluster'}, {_resources(ray)}"
             + (f", dashboard http://{context.dashboard_url}" if context.dashboard_url else "")
@@ -140,10 +145,21 @@ class _Stop:
         return call in self._stopped
 
 
+_STOPS: dict[tuple[str, str], Any] = {}  # of the job that this process is in, at most one
+
+
 def _stop_of_job(ray: Any) -> Any:
-    job = ray.get_runtime_context().get_job_id()
-    options = {"name": f"forge-stop-{job}", "get_if_exists": True, "max_restarts": -1, "max_task_retries": -1}
-    return ray.remote(num_cpus=0)(_Stop).options(**options).remote()
+    """The job's stop actor, kept for as long as the job lasts.
+
+    A named actor ends with its last handle, some time later; who asks for the name in between gets one that dies.
+    """
+    about = ray.get_runtime_context()
+    job = about.get_node_id(), about.get_job_id()  # job ids begin anew in each cluster
+    if job not in _STOPS:
+        _STOPS.clear()
+        options = {"name": f"forge-stop-{job[1]}", "get_if_exists": True, "max_restarts": -1, "max_task_retries": -1}
+        _STOPS[job] = ray.remote(num_cpus=0)(_Stop).options(**options).remote()
+    return _STOPS[job]
 
 
 class _Piece:
@@ -221,12 +237,26 @@ def _join(ray: Any, address: str) -> Any:
         raise _no_answer(address, error) from None
 
 
-def _free_port(first: int) -> int:
-    """The first port from `first` on that loopback has free: another cluster's dashboard may hold the usual one."""
+@contextlib.contextmanager
+def _claimed_port(first: int) -> Iterator[int]:
+    """The first port from `first` on that loopback has free and no other private cluster has claimed.
+
+    Another cluster's dashboard may hold the usual port, or be about to: Ray binds it seconds later, and a cluster whose
+    port was taken meanwhile does not start. So a claim is a lock on a file, held as long as the cluster lives.
+    """
     for port in range(first, min(first + _PORTS_TRIED, 65536)):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+        path = Path(tempfile.gettempdir()) / f"{_FOLDER_PREFIX}port-{port}"
+        with contextlib.ExitStack() as claim:
+            try:
+                lock = claim.enter_context(path.open("ab"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            claim.callback(path.unlink, missing_ok=True)
+            yield port
+            return
     raise ConfigError(
         "no port is free for the dashboard",
         got=f"{first} to {first + _PORTS_TRIED - 1}",
@@ -259,31 +289,23 @@ def _no_answer(address: str, error: Exception) -> ConfigError:
     )
 
 
-def _start(ray: Any, config: RayConfig, folder: Path) -> Any:
-    first = config.dashboard_port
-    while True:
-        port = _free_port(first) if config.dashboard else None
-        try:
-            return ray.init(
-                address="local",
-                num_cpus=config.num_cpus,
-                object_store_memory=config.object_store_bytes,
-                include_dashboard=config.dashboard,
-                dashboard_host="127.0.0.1",
-                job_config=_job_config(ray),
-                dashboard_port=port,
-                _temp_dir=str(folder),
-                log_to_driver=False,
-                logging_level="warning",
-                namespace="forge",
-            )
-        except OSError as error:
-            raise _no_room(error, folder) from None
-        except ValueError as error:
-            # Another process took the port after it was found free.
-            if port is None or str(port) not in str(error):
-                raise
-            first = port + 1
+def _start(ray: Any, config: RayConfig, folder: Path, port: int | None) -> Any:
+    try:
+        return ray.init(
+            address="local",
+            num_cpus=config.num_cpus,
+            object_store_memory=config.object_store_bytes,
+            include_dashboard=config.dashboard,
+            dashboard_host="127.0.0.1",
+            job_config=_job_config(ray),
+            dashboard_port=port,
+            _temp_dir=str(folder),
+            log_to_driver=False,
+            logging_level="warning",
+            namespace="forge",
+        )
+    except OSError as error:
+        raise _no_room(error, folder) from None
 
 
 @contextlib.contextmanager
