@@ -79,7 +79,7 @@ $(READY):
 	  exit 1
 	fi
 	rm -rf .venv
-	echo "Building .venv with $$($$python --version): 2.4 GB, about 1 minute where the network is fast"
+	echo "Building .venv with $$($$python --version): 3 GB, about 1 minute where the network is fast"
 	$$python -m venv .venv || { echo "make: $$python cannot make a virtual environment (on Debian: apt-get install python3-venv)" >&2; exit 1; }
 	printf 'torch==$(TORCH)+cpu$(foreach h,$(TORCH_CPU_SHA256), --hash=sha256:$h)\n' > .venv/torch-cpu.txt
 	awk '/^[a-z0-9]/ { here = /^uv==/ } here' requirements.lock > .venv/uv.txt

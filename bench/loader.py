@@ -85,7 +85,7 @@ def publish(uri: str, size: Size, vocab_size: int) -> None:
     for i in range(size.shards):
         tokens = np.random.default_rng(i).integers(1, vocab_size, size.shard_tokens).astype(np.uint16)
         tokens[511::512] = 0
-        table = pa.table({"id": ["x"], "offset": [0], "length": [len(tokens)], "source": ["x"], "licence": ["x"]})
+        table = pa.table({"id": ["x"], "offset": [0], "length": [len(tokens)], "key": ["x"], "licence": ["x"]})
         with workspace.new_file(f"train-{i:05d}.tok") as build:
             shards.write(build.stream, tokens, table, vocab_size=vocab_size, end_token=0)
         entry = build.entry

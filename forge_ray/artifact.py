@@ -5,13 +5,13 @@
            /artifacts/<stage>/<fingerprint>.json  the manifest, written last, only if absent
            /runs/<run id>/checkpoints/<step>.json a manifest too: what is still growing
            /memo/<stage>/<key>.json               what a piece of work gave; see `memo.py`
-           /runs/<run id>/active                  there while the stage of that fingerprint runs; see `garbage`
+           /runs/<run id>/active                  there while the stage of that fingerprint runs; see `garbage.py`
            /refs/<name>                           a small movable name: the text "<stage>/<fingerprint>"
            /erasures/<time>-<digest>.json         what was deleted on purpose, and why (data/erase.py)
 ```
 
-Owns digests, publishing order, resolving and verifying, refs, and garbage collection. A reader checks the SHA-256 of a
-file before it uses a byte. No blob or manifest is ever changed, and no pickle is ever read.
+Owns digests, publishing order, resolving and verifying, and refs; what is of no use any more is `garbage.py`'s. A
+reader checks the SHA-256 of a file before it uses a byte. No blob or manifest is ever changed, no pickle ever read.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import shutil
 import socket
 import tempfile
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from forge_ray.copies import Entry, Held
 from forge_ray.errors import ArtifactError, CorruptError, ForgeError, NotFoundError
 from forge_ray.storage import Storage, translated
 
@@ -180,7 +180,7 @@ class Artifact:
         raise NotFoundError(f"{self.ref} has no file of that name", got=name, wanted=", ".join(self.names()))
 
     def local_path(self, name: str) -> Path:
-        """A verified local file with the content; read it, never write it."""
+        """A verified local file with the content; read it, never write it. See `Workspace.verified`."""
         return self.workspace.verified(self.entry(name), f"{self.ref}:{name}")
 
     def read_bytes(self, name: str) -> bytes:
@@ -231,14 +231,20 @@ def _matches(path: Path, entry: FileEntry) -> bool:
 
 
 class Workspace:
-    """A folder or URI where everything of a company's models lives. Picklable, so that Ray tasks take it along."""
+    """A folder or URI where everything of a company's models lives. Picklable, so that Ray tasks take it along.
 
-    def __init__(self, uri: str) -> None:
-        self.storage = Storage(uri)
+    Args:
+        uri: Where it is.
+        cache_bytes: What copies of an object store's blobs may take on each machine; see `copies.py` for none.
+    """
+
+    def __init__(self, uri: str, cache_bytes: int | None = None) -> None:
+        self.storage, self.cache_bytes = Storage(uri), cache_bytes
         self._seen: dict[str, tuple[int, int, int]] = {}
+        self._copies: Held | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Workspace, (self.uri,)
+        return Workspace, (self.uri, self.cache_bytes)
 
     @property
     def uri(self) -> str:
@@ -316,7 +322,8 @@ class Workspace:
 
     @contextlib.contextmanager
     def active(self, stage: str, run_id: str) -> Iterator[None]:
-        """Marks a stage as running while the block lasts, publishing included, so that `garbage` spares its blobs.
+        """Marks a stage as running while the block lasts, publishing included, so that `garbage.py` spares its
+        blobs.
 
         A process that is killed leaves its marker, which counts for `ACTIVE_S`; whoever finishes that stage removes it.
         Not covered: of two processes that run the same stage, the end of the first takes the marker from both.
@@ -393,42 +400,65 @@ class Workspace:
         return [name.removeprefix("artifacts/").removesuffix(".json") for name in self.storage.list("artifacts")]
 
     def verified(self, entry: FileEntry, shown: str) -> Path:
-        """A local file with a blob's content, its SHA-256 checked once per process and version of the file.
+        """A local file with a blob's content, its SHA-256 checked once per workspace object and version of the file.
 
-        A version is size, times of modification and of change, so a write whose mtime was set back is found too.
-        Not covered: bytes that change below the file system after this process has checked them.
+        Of an object store it is a copy on this machine, which keeps its name while the path that is returned lives:
+        hold on to it until the file is open.
+
+        A version is size, times of modification and of change, so a write whose mtime was set back is found too; a copy
+        has no time of change to tell. Not covered: bytes that change below the file system after this process has
+        checked them.
 
         Raises:
             CorruptError: Naming the file, when it is missing or its digest differs.
+            DiskFullError, StorageError: A copy cannot be had.
         """
-        where = f"{shown} ({self.storage._at(_blob(entry.sha256))})"
-        path, state = self._look(entry, where, shown)
+        path = self.storage.local_path(_blob(entry.sha256))
+        if path is None:
+            return self._held().hold(entry, shown)
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            raise self.missing(entry, self._where(entry, shown), shown) from None
+        state = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
         if self._seen.get(entry.sha256) != state:
             found = digest_file(path)
-            if found != entry.sha256 and self.storage.local is None:
-                path.unlink(missing_ok=True)  # the machine's copy may be the damaged one: fetch it once more
-                path, state = self._look(entry, where, shown)
-                found = digest_file(path)
             if found != entry.sha256:
-                raise CorruptError(
-                    "a file's bytes do not match its manifest",
-                    got=f"{where}: sha256 {found[:16]}…, {state[0]} bytes",
-                    wanted=f"sha256 {entry.sha256[:16]}…, {entry.size_bytes} bytes",
-                    do=_rebuild_hint(shown),
-                )
+                raise self.damaged(entry, shown, f"sha256 {found[:16]}…, {stat.st_size} bytes")
             self._seen[entry.sha256] = state
         return path
 
-    def _look(self, entry: FileEntry, where: str, shown: str) -> tuple[Path, tuple[int, int, int]]:
-        """The local file of a blob and its version."""
-        try:
-            path = self.storage.local_path(_blob(entry.sha256)) or self._cached(entry)
-            stat = path.stat()
-        except (FileNotFoundError, NotFoundError):
-            raise self.missing(entry, where, shown) from None
-        return path, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    def fetch_blob(self, entry: Entry, shown: str, target: Path) -> None:
+        """Copies a blob to a new local file; its bytes are not verified.
 
-    def missing(self, entry: FileEntry, where: str, shown: str) -> CorruptError:
+        Raises:
+            CorruptError: It is not there.
+        """
+        try:
+            self.storage.fetch(_blob(entry.sha256), target)
+        except NotFoundError:
+            raise self.missing(entry, self._where(entry, shown), shown) from None
+
+    def damaged(self, entry: Entry, shown: str, why: str) -> CorruptError:
+        """The error of a blob whose bytes are not those of its digest."""
+        return CorruptError(
+            "a file's bytes do not match its manifest",
+            got=f"{self._where(entry, shown)}: {why}",
+            wanted=f"sha256 {entry.sha256[:16]}…, {entry.size_bytes} bytes",
+            do=_rebuild_hint(shown),
+        )
+
+    def _where(self, entry: Entry, shown: str) -> str:
+        return f"{shown} ({self.storage._at(_blob(entry.sha256))})"
+
+    def _held(self) -> Held:
+        """This machine's copies of blobs."""
+        folder = cache_folder("blobs")
+        if self._copies is None or self._copies.folder != folder:
+            self._copies = Held(self, self.cache_bytes, folder)
+        return self._copies
+
+    def missing(self, entry: Entry, where: str, shown: str) -> CorruptError:
         """The error of a blob that is not there: erased, as a record of `forge data forget --erase` says, or lost."""
         for name in self.storage.list("erasures"):
             data = self.storage.read_bytes(name) if name.endswith(".json") else b""
@@ -441,79 +471,12 @@ class Workspace:
                 )
         return CorruptError("a file of an artifact is missing", got=where, do=_rebuild_hint(shown))
 
-    def _cached(self, entry: FileEntry) -> Path:
-        """Downloads a blob into the machine's cache."""
-        folder = _made(cache_folder("blobs"))
-        path = folder / entry.sha256
-        if not path.exists():
-            temp = folder / f".tmp-{uuid.uuid4().hex}"  # threads of one process may want the same blob
-            try:
-                self.storage.fetch(_blob(entry.sha256), temp)
-                os.replace(temp, path)
-            finally:
-                temp.unlink(missing_ok=True)
-        return path
-
     def has_blob(self, entry: FileEntry) -> bool:
         """Whether a blob of that digest and size is stored; its bytes are not read."""
         try:
             return self.storage.size_bytes(_blob(entry.sha256)) == entry.size_bytes
         except NotFoundError:
             return False
-
-    # -------------------------------------------------------------------------------------------------- garbage
-
-    def garbage(self, grace_s: float = 3600.0, now: Callable[[], float] = time.time) -> list[tuple[str, int]]:
-        """Blobs that no manifest refers to, memories of them, and leftovers of interrupted writers, as (name, bytes).
-
-        A running stage stores its blobs before its manifest. So what is younger than `grace_s` stays, and so does all
-        that is not older than the oldest running stage: the oldest `runs/<run id>/active` of less than `ACTIVE_S`.
-        Not covered: a stage that runs for longer than `ACTIVE_S` has the grace alone.
-
-        Raises:
-            CorruptError: A manifest cannot be read, so what it refers to is not known; nothing may be deleted then.
-        """
-        # Markers before manifests: a stage removes its marker only when its manifest can be seen.
-        runs, latest_s = self.storage.list("runs"), now() - grace_s
-        marked = [self._state(name) for name in runs if name.endswith("/active") and name.count("/") == 2]
-        running = [modified_s for modified_s, _ in filter(None, marked) if now() - modified_s < ACTIVE_S]
-        used: set[str] = set()
-        for name in [*(name for name in runs if "/checkpoints/" in name), *self.storage.list("artifacts")]:
-            if name.endswith(".json"):
-                with contextlib.suppress(NotFoundError):  # an old checkpoint, released in the meantime
-                    manifest = Manifest.from_json(self.storage.read_bytes(name), self.storage._at(name))
-                    used |= {entry.sha256 for entry in manifest.files}
-        temporaries = [path.relative_to(self.uri).as_posix() for path in self.storage.temporaries() if path.is_file()]
-        blobs = [name for name in self.storage.list("blobs") if name.rpartition("/")[2] not in used]
-        found = []
-        for name in [*blobs, *temporaries]:
-            state = self._state(name)
-            if state and state[0] < min([latest_s, *running]):
-                found.append((name, state[1]))
-        return found + self._idle_memories({name.rpartition("/")[2] for name, _ in found})
-
-    def _idle_memories(self, gone: set[str]) -> list[tuple[str, int]]:
-        """Memories (`memo.py`) of blobs that go or are gone: they are of no use any more."""
-        left = {name.rpartition("/")[2] for name in self.storage.list("blobs")} - gone
-        found = []
-        for name in self.storage.list("memo"):
-            with contextlib.suppress(NotFoundError):
-                data = self.storage.read_bytes(name)
-                if not {digest.decode() for digest in re.findall(rb'"([0-9a-f]{64})", \d', data)} <= left:
-                    found.append((name, len(data)))
-        return found
-
-    def _state(self, name: str) -> tuple[float, int] | None:
-        """When a file was last written and its size; none once it is gone."""
-        try:
-            return self.storage.modified_s(name), self.storage.size_bytes(name)
-        except NotFoundError:
-            return None
-
-    def collect(self, garbage: list[tuple[str, int]]) -> None:
-        """Deletes what `garbage` listed."""
-        for name, _ in garbage:
-            self.storage.delete(name)
 
     def delete_blob(self, entry: FileEntry) -> None:
         """Deletes one blob; the caller knows that no manifest refers to it any more."""

@@ -1,7 +1,8 @@
-"""The `forge` command: verbs, words, exit codes. Loads only what the verb needs; `forge --help` loads next to nothing.
+"""The `forge` command: what each verb does, and exit codes; its words are `words.py`.
 
-Results go to stdout (`--json`: one JSON object), progress and errors to stderr. Exit codes are those of `errors.py`;
-130 after Ctrl-C, 141 when a closed pipe ended the work.
+Loads only what the verb needs; `forge --help` loads next to nothing. Results go to stdout (`--json`: one JSON object),
+progress and errors to stderr. Exit codes are those of `errors.py`; 130 after Ctrl-C, 141 when a closed pipe ended the
+work.
 """
 
 from __future__ import annotations
@@ -11,106 +12,29 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TextIO
 
 from forge_ray import __version__
 from forge_ray.errors import ConfigError, ForgeError
+from forge_ray.words import (
+    OWN_SWITCHES,
+    STAGE_VERBS,
+    SWITCHES,
+    Words,
+    fields_text,
+    near,
+    own_flags,
+    parse,
+    usage,
+    verb_usage,
+)
 
 if TYPE_CHECKING:
     from forge_ray.artifact import Artifact
     from forge_ray.settings import Resolved
-
-STAGE_VERBS = {
-    "ingest": "read documents from their sources; hold whole groups out for evaluation",
-    "curate": "clean and deduplicate them, strip private data; the fate of each goes on record",
-    "tokenizer": "train the vocabulary on them; `forge tokenizer sweep` compares sizes and patterns",
-    "tokenize": "write token shards",
-    "pretrain": "train the model with Ray Train; goes on where a killed run stopped",
-    "evaluate": "bits per byte on held-out documents beside baselines, and samples",
-    "export": "write the Hugging Face folder that transformers and vLLM load",
-}
-OTHER_VERBS = {
-    "run": "all stages, then serve and ask once",
-    "serve": "an OpenAI-compatible endpoint for JOB.yaml or an export's REF, until Ctrl-C",
-    "show": "an artifact and its ancestors, or the names of all artifacts",
-    "data": "why: the fate of a document; report: of all of them; forget: leave documents out, and erase them",
-    "gc": "delete what no artifact refers to",
-    "config": "every field: type, default, meaning",
-    "doctor": "check this machine and say what to mend",
-}
-SWITCHES = ("--dry-run", "--json", "--help", "--version")
-_OWN_SWITCHES = {"data": ("--duplicates", "--erase")}
-_OF_A_JOB = "[JOB.yaml ...] [--section.field VALUE ...] [--dry-run] [--json]"
-_USAGES = {
-    "tokenizer": "[sweep] [JOB.yaml ...] [--section.field VALUE ...] [--dry-run] [--json]",
-    "serve": "JOB.yaml ... | REF [--section.field VALUE ...] [--dry-run] [--json]",
-    "show": "[JOB.yaml ...] [REF] [--workspace URI] [--json]",
-    "data": """why DOC [JOB.yaml ...] [--workspace URI] [--json]
-       forge data report [JOB.yaml ... | REF] [--out FILE.html] [--examples N] [--workspace URI] [--json]
-       forge data forget DOC ... [JOB.yaml ...] [--reason TEXT] [--duplicates] [--erase] [--dry-run] [--json]""",
-    "gc": "[JOB.yaml ...] [--workspace URI] [--dry-run] [--json]",
-    "config": "[SECTION ...] [--json]",
-    "doctor": "[JOB.yaml ...] [--section.field VALUE ...] [--json]",
-}
-_NOTES = {
-    "data": """DOC is a document's id, its beginning, its key or its source. Without JOB.yaml the latest build counts.
-report prints a summary and writes one page (./data-report.html); what it shows has passed the finders of private data.
-forget writes tombstones: the next build leaves these documents out. --duplicates takes those that say the same too.
---erase, with JOB.yaml, makes that build now, deletes every file that holds them, and puts it on record."""
-}
-# What `forge VERB --help` lists; a stage that is not here has one section, of its own name.
-_SECTIONS = {
-    "tokenizer": ("tokenizer", "sweep"),
-    "pretrain": ("model", "pretrain"),
-    "serve": ("serve",),
-    "run": ("serve",),
-}
-
-
-def usage() -> str:
-    """The text of `forge --help`."""
-    verbs = {"run": OTHER_VERBS["run"], **STAGE_VERBS, **{k: v for k, v in OTHER_VERBS.items() if k != "run"}}
-    rows = "\n".join(f"  {name:<10} {text}" for name, text in verbs.items())
-    return f"""usage: forge VERB {_OF_A_JOB}
-
-A company's own language model, from its own documents to a private endpoint.
-
-{rows}
-
-A stage's verb runs what is missing before it too, and skips what is published.
-Values come from defaults, then YAML files from left to right, then FORGE_SECTION__FIELD, then --section.field.
---dry-run prints the resolved configuration, where each value comes from, and what would run.
---json prints the result as one JSON object on stdout; progress is on stderr.
-forge VERB --help tells more of a verb; forge --version names this version.
-
-Start with: forge run jobs/demo.yaml"""
-
-
-def verb_usage(verb: str) -> str:
-    """The text of `forge VERB --help`: its line, its usage and the fields that it reads first."""
-    line = {**STAGE_VERBS, **OTHER_VERBS}[verb]
-    parts = [f"usage: forge {verb} {_USAGES.get(verb, _OF_A_JOB)}\n\n{line}"]
-    parts += [_NOTES[verb]] if verb in _NOTES else []
-    sections = _SECTIONS.get(verb, (verb,) if verb in STAGE_VERBS else ())
-    if sections:
-        from forge_ray import settings
-
-        parts += [_fields_text(settings.fields(sections)), "`forge config` lists the fields of every section."]
-    return "\n\n".join(parts)
-
-
-@dataclass(frozen=True)
-class Words:
-    """A command line taken apart."""
-
-    verb: str
-    places: tuple[str, ...]
-    flags: tuple[str, ...]
-    switches: frozenset[str]
-    out: TextIO = field(default_factory=lambda: sys.stdout)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,46 +77,6 @@ def _guarded(words: list[str]) -> int:
         traceback.print_exc()
         print("error: this is a defect in forge-ray; please report it with the lines above", file=sys.stderr)
         return 1
-
-
-def parse(words: Sequence[str]) -> Words:
-    """Takes a command line apart: places, flags and switches may stand in any order after the verb.
-
-    A flag without `=` takes the next word as its value, unless that begins with `--`.
-
-    Raises:
-        ConfigError: The verb is unknown.
-    """
-    rest = ["--help" if word == "-h" else word for word in words]
-    switches = frozenset(word for word in rest if word in SWITCHES)
-    rest = [word for word in rest if word not in SWITCHES]
-    if not rest:
-        return Words("", (), (), switches)
-    verb = rest.pop(0)
-    if verb.startswith("-"):
-        near = _near(verb, SWITCHES)
-        raise ConfigError(
-            "the verb comes first", got=verb, do=f"did you mean {near}?" if near else "forge --help lists the verbs"
-        )
-    if verb not in VERBS:
-        near = _near(verb, VERBS)
-        raise ConfigError(
-            "no such verb", got=verb, do=f"did you mean `forge {near}`?" if near else "forge --help lists the verbs"
-        )
-    places: list[str] = []
-    flags: list[str] = []
-    while rest:
-        word = rest.pop(0)
-        if word in _OWN_SWITCHES.get(verb, ()):
-            switches |= {word}
-            continue
-        if not word.startswith("-"):
-            places.append(word)
-            continue
-        flags.append(word)
-        if word.startswith("--") and "=" not in word and rest and not rest[0].startswith("--"):
-            flags.append(rest.pop(0))
-    return Words(verb, tuple(places), tuple(flags), switches)
 
 
 # ------------------------------------------------------------------------------------------------------------- verbs
@@ -261,7 +145,8 @@ def _serve(words: Words) -> int:
     resolved = _resolve(words, files)
     if "--dry-run" in words.switches:
         return _dry_run(words, resolved, None if ref else "export")
-    exported = Workspace(resolved.config.workspace).resolve(ref) if ref else _published_export(resolved)
+    workspace = Workspace(resolved.config.workspace, resolved.config.cache_bytes)
+    exported = workspace.resolve(ref) if ref else _published_export(resolved)
     preflight(resolved.config.serve)
     with _cluster(resolved.config), session(resolved.config.serve, exported) as endpoint:
         body = json.dumps({"model": endpoint.model_name, "prompt": resolved.config.serve.prompt, "max_tokens": 64})
@@ -282,7 +167,7 @@ def _published_export(resolved: Resolved) -> Artifact:
     from forge_ray.errors import ArtifactError, NotFoundError
 
     planned = pipeline.plan(resolved.config, "export")[-1]
-    workspace = Workspace(resolved.config.workspace)
+    workspace = Workspace(resolved.config.workspace, resolved.config.cache_bytes)
     if planned.published:
         return workspace.get(planned.ref)
     do = "`forge run` with the same YAML makes it"
@@ -309,125 +194,56 @@ def _show(words: Words) -> int:
 
 def _data(words: Words) -> int:
     """What is asked of the ledger."""
-    verbs = {"why": _data_why, "report": _data_report, "forget": _data_forget}
+    from forge_ray import data_verbs
+
+    own = {"why": (), "report": ("--out", "--examples"), "forget": ("--reason",)}
     verb = words.places[0] if words.places else ""
-    if verb not in verbs:
-        near = _near(verb, verbs)
+    if verb not in own:
+        close = near(verb, own)
         raise ConfigError(
             "what is asked of the documents?",
             got=verb or "nothing",
             wanted="forge data why, report or forget",
-            do=f"did you mean `forge data {near}`?" if near else "`forge data --help` tells of each",
+            do=f"did you mean `forge data {close}`?" if close else "`forge data --help` tells of each",
         )
-    if verb != "forget" and (idle := words.switches & {"--dry-run", *_OWN_SWITCHES["data"]}):
+    if verb != "forget" and (idle := words.switches & {"--dry-run", *OWN_SWITCHES["data"]}):
         raise ConfigError(f"`forge data {verb}` has no such switch", got=", ".join(sorted(idle)))
-    own = {"why": (), "report": ("--out", "--examples"), "forget": ("--reason",)}[verb]
-    values, flags = _own_flags(words, own)
+    values, flags = own_flags(words, own[verb])
     rest = replace(words, places=words.places[1:], flags=flags)
     files = [place for place in rest.places if place.endswith((".yaml", ".yml"))]
     names = [place for place in rest.places if place not in files]
-    return verbs[verb](rest, names, _resolve(rest, files).config, bool(files), values)
-
-
-def _data_why(words: Words, names: list[str], config: Any, is_job: bool, values: dict[str, str]) -> int:
-    from forge_ray.artifact import Workspace
-    from forge_ray.data import builds, explain
-
-    if len(names) != 1:
-        raise ConfigError("which document?", got=" ".join(names) or "none", wanted="its id, key or source")
-    workspace = Workspace(config.workspace)
-    answer = explain.why(workspace, names[0], builds.latest(workspace, config if is_job else None))
-    _print_result(words, answer.as_json(), explain.as_text(answer))
+    asked = data_verbs.Asked(_resolve(rest, files).config, bool(files), tuple(names))
+    if verb == "why":
+        result, text = data_verbs.why(asked)
+    elif verb == "report":
+        result, text = data_verbs.report(asked, values.get("--out", "data-report.html"), values.get("--examples", "3"))
+    else:
+        result, text = data_verbs.forget(asked, words.switches, values.get("--reason", ""))
+    _print_result(words, result, text)
     return 0
-
-
-def _data_report(words: Words, names: list[str], config: Any, is_job: bool, values: dict[str, str]) -> int:
-    from pathlib import Path
-
-    from forge_ray.artifact import Workspace
-    from forge_ray.data import builds, report, report_page
-
-    if len(names) > 1 or (names and is_job):
-        raise ConfigError("the report is of one build", got=" ".join(words.places), wanted="[JOB.yaml ...] or [REF]")
-    examples = values.get("--examples", "3")
-    if not examples.isdigit():
-        raise ConfigError("--examples wants a number", got=examples)
-    workspace = Workspace(config.workspace)
-    build = builds.of_ref(workspace, names[0]) if names else builds.latest(workspace, config if is_job else None)
-    found = report.gather(build, num_examples=int(examples))
-    page = Path(values.get("--out", "data-report.html"))
-    report_page.write(page, found)
-    _print_result(words, {"page": str(page), **found}, report.as_text(found) + f"\n\nAll of it: {page}")
-    return 0
-
-
-def _data_forget(words: Words, names: list[str], config: Any, is_job: bool, values: dict[str, str]) -> int:
-    from forge_ray import pipeline
-    from forge_ray.artifact import Workspace
-    from forge_ray.data import builds, erase, forget, forgetting
-
-    if not names:
-        raise ConfigError("which documents?", got="none", wanted="ids, keys or sources")
-    if "--erase" in words.switches and not is_job:
-        raise ConfigError(
-            "--erase makes the job's next build before it deletes old bytes",
-            got="no JOB.yaml",
-            do="name the job: forge data forget DOC JOB.yaml --erase",
-        )
-    workspace, dry, why = Workspace(config.workspace), "--dry-run" in words.switches, values.get("--reason", "")
-    build = builds.latest(workspace, config if is_job else None)
-    plan = forgetting.plan(workspace, names, build, "--duplicates" in words.switches)
-    stones, erased = [], None
-    if not dry:
-        stones = forget.bury(workspace, plan.rows, why)
-        if "--erase" in words.switches:
-            made = pipeline.run(config, "tokenize")
-            artifacts = [outcome.artifact for outcome in made.values()]
-            erased = erase.erase(workspace, plan.rows, why, artifacts, plan.duplicates)
-    result = forgetting.as_json(plan, stones, erased, dry)
-    _print_result(words, result, forgetting.as_text(plan, erased, dry))
-    return 0
-
-
-def _own_flags(words: Words, names: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The values of a verb's own flags, and the flags that are left for the configuration."""
-    values: dict[str, str] = {}
-    left: list[str] = []
-    flags = list(words.flags)
-    while flags:
-        word = flags.pop(0)
-        name, given, value = word.partition("=")
-        if name not in names:
-            left.append(word)
-            continue
-        if not given and flags and not flags[0].startswith("--"):
-            value = flags.pop(0)
-        if not value:
-            raise ConfigError("a flag lacks its value", got=word, wanted=f"{name} VALUE")
-        values[name] = value
-    return values, tuple(left)
 
 
 def _gc(words: Words) -> int:
+    from forge_ray import garbage
     from forge_ray.artifact import Workspace
     from forge_ray.telemetry import format_bytes
 
     workspace = Workspace(_resolve(words).config.workspace)
-    garbage = workspace.garbage()
+    found = garbage.find(workspace)
     dry = "--dry-run" in words.switches
     if not dry:
-        workspace.collect(garbage)
-    total = sum(size for _, size in garbage)
-    names = "".join(f"\n  {name}  {format_bytes(size)}" for name, size in garbage)
+        garbage.delete(workspace, found)
+    total = sum(size for _, size in found)
+    names = "".join(f"\n  {name}  {format_bytes(size)}" for name, size in found)
     _print_result(
         words,
         {
             "workspace": workspace.uri,
             "deleted": not dry,
             "bytes": total,
-            "names": [name for name, _ in garbage],
+            "names": [name for name, _ in found],
         },
-        f"{'would delete' if dry else 'deleted'} {len(garbage)} files, {format_bytes(total)}, older than an hour, "
+        f"{'would delete' if dry else 'deleted'} {len(found)} files, {format_bytes(total)}, older than an hour, "
         f"in {workspace.uri}{names}",
     )
     return 0
@@ -442,7 +258,7 @@ def _config(words: Words) -> int:
         )
     rows = settings.fields(words.places)
     _print_result(
-        words, [dict(zip(("name", "type", "default", "text"), row, strict=True)) for row in rows], _fields_text(rows)
+        words, [dict(zip(("name", "type", "default", "text"), row, strict=True)) for row in rows], fields_text(rows)
     )
     return 0
 
@@ -479,9 +295,9 @@ def _resolve(words: Words, files: Sequence[str] | None = None) -> Resolved:
     from forge_ray.config import ForgeConfig
 
     for name in (word.partition("=")[0] for word in words.flags):
-        near = _near(name, SWITCHES)
-        if near and "." not in name and name.removeprefix("--") not in ForgeConfig.model_fields:
-            raise ConfigError("no such flag", got=name, do=f"did you mean {near}?")
+        close = near(name, SWITCHES)
+        if close and "." not in name and name.removeprefix("--") not in ForgeConfig.model_fields:
+            raise ConfigError("no such flag", got=name, do=f"did you mean {close}?")
     resolved = settings.resolve(words.places if files is None else files, words.flags)
     if words.verb in STAGE_VERBS or words.verb == "run":
         _check_workspace_outlives_the_job(resolved.config.workspace)
@@ -511,19 +327,6 @@ def _files_and_ref(words: Words) -> tuple[list[str], str | None]:
     if len(refs) > 1:
         raise ConfigError(f"`forge {words.verb}` takes one REF", got=" ".join(refs), wanted="[JOB.yaml ...] [REF]")
     return files, refs[0] if refs else None
-
-
-def _fields_text(rows: Sequence[tuple[str, str, str, str]]) -> str:
-    return "\n".join(
-        f"{name}{f': {kind}' if kind else ''}{f' = {default}' if default else ''}\n    {text}"
-        for name, kind, default, text in rows
-    )
-
-
-def _near(word: str, possible: Iterable[str]) -> str | None:
-    import difflib
-
-    return next(iter(difflib.get_close_matches(word, possible, n=1)), None)
 
 
 def _cluster(config: Any) -> Any:

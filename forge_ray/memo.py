@@ -6,7 +6,7 @@
 
 So a stage that is killed goes on with the pieces that it lacks, and when documents are added only theirs are made. A
 memory is only as good as its blobs: one whose blobs are gone or of another size does not count. Owns keys and records;
-the work itself is `runtime.map_rows`, deleting what is of no use any more `Workspace.garbage`.
+the work itself is `runtime.map_rows`, deleting what is of no use any more `garbage.py`.
 """
 
 from __future__ import annotations

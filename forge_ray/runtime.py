@@ -200,18 +200,23 @@ class _Piece:
 
 @contextlib.contextmanager
 def unwrapped() -> Iterator[None]:
-    """Lets a `ForgeError` that Ray wrapped on its way from another process come out as itself."""
+    """Lets a `ForgeError` that Ray wrapped on its way from another process come out as itself.
+
+    Each process on its way wraps it once more, in a class that is a `ForgeError` too: `RayTaskError(StorageError)`.
+    """
     try:
         yield
-    except ForgeError:
-        raise
     except Exception as error:
+        from ray.exceptions import RayTaskError
+
         inner: BaseException | None = error
-        while inner is not None:
+        while isinstance(inner, BaseException):
+            if isinstance(inner, ForgeError) and not isinstance(inner, RayTaskError):
+                if inner is error:
+                    raise
+                raise inner from None
             cause = getattr(inner, "cause", None) or inner.__cause__
-            if isinstance(cause, ForgeError):
-                raise cause from None
-            inner = cause if isinstance(cause, BaseException) and cause is not inner else None
+            inner = cause if cause is not inner else None
         raise
 
 

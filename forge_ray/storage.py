@@ -172,7 +172,7 @@ class Storage:
     def put_file(self, name: str, path: Path, sha256: str = "") -> None:
         """Publishes a local file's bytes if the name is free; a name that is taken is left as it is.
 
-        What is left counts as modified now: it has a new user, and `garbage` must grant it the full grace. An object
+        What is left counts as modified now: it has a new user, and `garbage.py` must grant it the full grace. An object
         is overwritten, so healed, where its size differs, or the SHA-256 that its writer noted is not `sha256`; one
         without a note is another program's. Not covered: bytes that change below the store after they were written; its
         notes say nothing of that, the reader finds it.

@@ -141,6 +141,9 @@ class ForgeConfig(Section):
 
     workspace: Annotated[str, OPERATIONAL] = "./workspace"
     """Folder or URI where every artifact, run and ref lives."""
+    cache_bytes: Annotated[Positive | None, OPERATIONAL] = None
+    """Of a workspace in an object store: what copies of its files may take on each machine, token shards apart
+    (`pretrain.cache_bytes`); none for 20 GiB, or a quarter of the disk if that is less."""
     ray: Annotated[RayConfig, OPERATIONAL] = RayConfig()
     """Which Ray cluster the stages run on."""
     ingest: IngestConfig = IngestConfig()

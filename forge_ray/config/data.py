@@ -113,7 +113,7 @@ class LanguageConfig(Section):
     enabled: bool = False
     """Whether the step runs; it also fills in the language of documents that do not state theirs."""
     keep: tuple[str, ...] = ()
-    """ISO 639-1 codes to keep; empty keeps all and only records what was found."""
+    """ISO 639-1 codes to keep, of what was found whatever a document states; empty keeps all and only records."""
     min_score: Fraction = 0.5
     """Documents whose likeliest language has a lower probability are dropped, if `keep` names any."""
 
@@ -222,7 +222,8 @@ class DecontaminateConfig(Section):
 
 class PrivacyConfig(Section):
     """Personal data and secrets: what is found, and what is done about it. `keep` counts only, `mask` puts `*` over
-    each letter and digit, `replace` puts a typed placeholder such as `<EMAIL>`, `drop` drops the document."""
+    each letter and digit, `replace` puts a typed placeholder such as `<EMAIL>`, `drop` drops the document. Only texts
+    are looked at: a document's key, group, source and `metadata_fields` stay as they are, beside it."""
 
     enabled: bool = False
     """Whether the step runs."""

@@ -133,7 +133,7 @@ class PretrainConfig(Section):
     checkpoint_every_s: Annotated[float, Field(gt=0.0), OPERATIONAL] = 20.0
     """Seconds between checkpoints; a killed run repeats at most this much work."""
     checkpoints_kept: Annotated[Positive, OPERATIONAL] = 3
-    """Newest checkpoints that stay; older ones are released to `forge gc`."""
+    """Newest checkpoints that stay; older ones are deleted."""
 
     @model_validator(mode="after")
     def _check(self) -> PretrainConfig:

@@ -1,9 +1,10 @@
 """Evaluation texts kept out of training, by n-grams of words that both hold.
 
-Two maps. `Grams`, a task for each held-out part and each file of an evaluation set: the distinct n-grams of each
-evaluation document, sorted, as runs. `Match`, a task for each training part and set of runs: the documents of which
-too large a share stands in the runs. Both are remembered by what went in (`memo.py`), runs of a generation apart from
-those of others, so that new documents cost their own reading and one pass over the old text with their n-grams alone.
+`Grams`, a task for each held-out part and each file of an evaluation set: the distinct n-grams of each evaluation
+document, sorted, as runs. `Join`, a task for each generation that has many runs: as few as fit in memory. `Match`, a
+task for each training part and set of runs: the documents of which too large a share stands in the runs. All are
+remembered by what went in (`memo.py`), runs of a generation apart from those of others, so that new documents cost
+their own reading and one pass over the old text with their n-grams alone.
 
 A training document is contaminated when more than `max_overlap_frac` of its n-grams stand in the evaluation documents
 of its own and earlier generations together. A held-out document gives way to an earlier generation's training document
@@ -13,15 +14,17 @@ Owns n-grams, runs and shares. Not covered: documents and evaluation texts of fe
 texts that say the same in other words.
 
 Memory of a task: runs are mapped files; a filter of `spill_bytes` / 8 keeps most n-grams from being looked up; text is
-read in batches. Cost of a match, measured 2026-11-23 on one busy core: 50 MB/s of English of which 6 documents in 100
-overlap, 12 MB/s where half of them do, because each of these is looked at by itself.
+read in batches. A match goes once over all n-grams of the evaluation texts for its filter, so many held-out documents
+cost as often as there are training parts: lower `ingest.held_out_frac` as a corpus grows. Cost of the rest, measured
+2026-11-23 on one busy core: 50 MB/s of English of which 6 documents in 100 overlap, 12 MB/s where half of them do,
+because each of these is looked at by itself.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 _OF_FILES = 1 << 32
 _BYTES_PER_TEXT_BYTE = 32  # words, their hashes and n-grams, sorted: 17 to 28 by tracemalloc on English text
+_BYTES_PER_JOINED = 64  # rows of 16 bytes as they are read, one behind the other, their order, and sorted
+_FEW_RUNS = 16
 _ROWS_AT_ONCE = 1 << 20
 _EVALUATION = IngestConfig(min_document_chars=1)
 
@@ -64,7 +69,8 @@ def find(
     Raises:
         StorageError: An evaluation set does not exist or cannot be read.
     """
-    gone = set(dropped.tolist())
+    gone = np.zeros(int(firsts[-1]) + parts[-1].documents if len(parts) else 0, np.bool_)
+    gone[dropped] = True
     runs, names = _evaluation(parts, firsts, dropped, config, workspace)
     match = Match(config, workspace)
     memo = Memo(workspace, "contamination", FORMAT_VERSION, match.memory())
@@ -74,23 +80,24 @@ def find(
     for i in train:
         for generation in sorted(runs):
             if generation > parts[i].generation:
-                rows.append({"clean": parts[i].clean, "runs": runs[generation], "skip": [], "each": True})
+                rows.append({"clean": parts[i].clean, "runs": runs[generation], "skip": None, "each": True})
                 places.append(int(firsts[i]))
     for first, result in zip(places, map_rows("contamination: new evaluation texts", match, rows, memo)):
         for row, owner in result["found"]:
-            if first + row not in gone:
+            if not gone[first + row]:
                 found.setdefault(owner, first + row)
-    gives_way = sorted(found)
+    gives_way = np.array(sorted(found), np.int64)
     rows, places = [], []
-    for i in train:
-        mine = [entry for generation in sorted(runs) if generation <= parts[i].generation for entry in runs[generation]]
-        if mine:
-            past = int(firsts[i]) + parts[i].documents  # held-out documents of later generations come behind
-            skip = [owner for owner in gives_way if owner < past]
-            rows.append({"clean": parts[i].clean, "runs": mine, "skip": skip, "each": False})
-            places.append(int(firsts[i]))
+    for generation, of_one in groupby(train, key=lambda i: parts[i].generation):
+        mine = [entry for earlier in sorted(runs) if earlier <= generation for entry in runs[earlier]]
+        numbers = list(of_one)
+        past = int(firsts[numbers[-1]]) + parts[numbers[-1]].documents  # of later generations all come behind
+        skipped = gives_way[gives_way < past]
+        skip = write_columns(workspace, {"owner": skipped}) if len(skipped) and mine else None
+        rows += [{"clean": parts[i].clean, "runs": mine, "skip": skip, "each": False} for i in numbers if mine]
+        places += [int(firsts[i]) for i in numbers if mine]
     for first, result in zip(places, map_rows("contamination", match, rows, memo)):
-        found.update({first + row: owner for row, owner in result["found"] if first + row not in gone})
+        found.update({first + row: owner for row, owner in result["found"] if not gone[first + row]})
     return found, names
 
 
@@ -114,7 +121,11 @@ def _evaluation(
             runs.setdefault(generation, []).extend(result["runs"])
         if "unit" in row:
             names |= {i - (row["number"] + 1) * _OF_FILES: name for i, name in enumerate(result["ids"])}
-    return runs, names
+    many = sorted(generation for generation, entries in runs.items() if len(entries) > _FEW_RUNS)
+    memo = Memo(workspace, "evaluation-joined", FORMAT_VERSION, {})
+    rows = [{"runs": runs[generation]} for generation in many]
+    joined = map_rows("evaluation texts, joined", Join(config.spill_bytes, workspace), rows, memo)
+    return runs | {generation: result["runs"] for generation, result in zip(many, joined, strict=True)}, names
 
 
 def units(config: CurateConfig) -> list[dict[str, Any]]:
@@ -199,6 +210,34 @@ class Grams:
         return [write_columns(self.workspace, {"gram": grams[new], "owner": owner[new]})]
 
 
+class Join:
+    """The task of a generation: its runs as few as fit in memory, one behind the other.
+
+    Each task `Match` opens all of them, so ten thousand held-out parts must not mean ten thousand files for each of ten
+    thousand training parts.
+    """
+
+    __name__ = "join evaluation texts"
+
+    def __init__(self, spill_bytes: int, workspace: Workspace) -> None:
+        self.spill_bytes, self.workspace = spill_bytes, workspace
+
+    def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """The row has the `runs`; so has the result."""
+        runs = [read_columns(self.workspace, entry) for entry in row["runs"]]
+        pieces = max(1, -(-sum(len(run["gram"]) for run in runs) * _BYTES_PER_JOINED // self.spill_bytes))
+        bounds = np.array([-(-(piece << 64) // pieces) for piece in range(1, pieces)], np.uint64)
+        cuts = [[0, *np.searchsorted(run["gram"], bounds).tolist(), len(run["gram"])] for run in runs]
+        found = []
+        for piece in range(pieces):
+            spans = [slice(cut[piece], cut[piece + 1]) for cut in cuts]
+            grams, owner = (np.concatenate([r[name][s] for r, s in zip(runs, spans)]) for name in ("gram", "owner"))
+            order = np.lexsort((owner, grams))
+            if len(order):
+                found.append(write_columns(self.workspace, {"gram": grams[order], "owner": owner[order]}))
+        return [{"runs": found}]
+
+
 class Match:
     """The task of a training part: which of its documents stand in evaluation texts, or the other way round."""
 
@@ -212,7 +251,7 @@ class Match:
         return self.config.decontaminate.fingerprinted()
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """The row has a part (`clean`), the `runs` to look in, the evaluation documents that count no more (`skip`).
+        """The row has a part (`clean`), the `runs` to look in, and as `skip` a file of documents to pass over there.
 
         Returns:
             As `found` pairs of a row of the part and an evaluation document. If the row asks for `each`: every pair of
@@ -220,7 +259,7 @@ class Match:
             evaluation documents together, with the one that holds most, the first of several.
         """
         runs = [read_columns(self.workspace, entry) for entry in row["runs"]]
-        skip = np.array(row["skip"], np.int64)
+        skip = read_columns(self.workspace, row["skip"])["owner"] if row["skip"] else np.empty(0, np.int64)
         filter_ = _Filter(runs, self.config.spill_bytes // 8)
         found = list[list[int]]()
         for start, column in _column(self.workspace, row["clean"], _batch_bytes(self.config)):

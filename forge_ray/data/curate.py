@@ -43,15 +43,20 @@ STEPS = ("licences", "normalize", "language", "quality", "privacy", "exact", "ne
 
 
 def observe(config: CurateConfig) -> dict[str, Any]:
-    """The state of the evaluation sets that are named, besides the held-out documents.
+    """The state of what the configuration only names: evaluation sets, and the model that finds names of persons.
 
     Raises:
-        StorageError: One does not exist or cannot be listed.
+        StorageError: An evaluation set does not exist or cannot be listed.
     """
-    if not config.decontaminate.enabled:
-        return {}
-    listings = [formats.listing(FilesSource(kind="files", uri=uri)) for uri in config.decontaminate.uris]
-    return {"evaluation": [[[row["key"], row["size"], row["state"]] for row in rows] for rows in listings]}
+    found: dict[str, Any] = {}
+    if config.decontaminate.enabled:
+        listings = [formats.listing(FilesSource(kind="files", uri=uri)) for uri in config.decontaminate.uris]
+        found["evaluation"] = [[[row["key"], row["size"], row["state"]] for row in rows] for rows in listings]
+    if config.privacy.enabled and config.privacy.name_model:
+        from forge_ray.data.privacy import model_state
+
+        found["names"] = model_state(config.privacy.name_model)
+    return found
 
 
 def run(
@@ -77,10 +82,11 @@ def run(
     clean.steps(config)  # what is wrong with them is better said before any work
     parts = parts_of(documents)
     rows = [{"_part": part.name, "split": part.split, "entry": documents.entry(part.name)} for part in parts]
-    memo = Memo(workspace, "clean", FORMAT_VERSION, clean.settled_by(config))
+    frozen = observe(config) if frozen is None else frozen
+    memo = Memo(workspace, "clean", FORMAT_VERSION, clean.settled_by(config) | {"names": frozen.get("names")})
     cleaned = map_rows("curate", clean.Cleaner(config, documents.ref, workspace), rows, memo)
     decided = _across(config, parts, cleaned, workspace)
-    if frozen is not None and observe(config) != frozen:
+    if observe(config) != frozen:
         raise _changed(config)
     memo = Memo(workspace, "apply", FORMAT_VERSION, {"lines": config.lines.fingerprinted()})
     rows = [
@@ -105,10 +111,10 @@ def run(
 
 
 def _changed(config: CurateConfig) -> DataError:
-    """The fingerprint names what the evaluation sets were when the stage was planned; what was read must be that."""
+    """The fingerprint names what these were when the stage was planned; what was read must be that."""
     return DataError(
-        "an evaluation set changed while it was read",
-        got=", ".join(config.decontaminate.uris),
+        "an evaluation set, or the model that finds names, changed while it was read",
+        got=", ".join(filter(None, (*config.decontaminate.uris, config.privacy.name_model))),
         do="run the same command again, once nothing writes there: what did not change is not read again",
     )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from forge_ray.data import contamination, grouping, lines
 from forge_ray.data.grouping import Part, Piece
 from forge_ray.data.near import band_hashes, keepers
 from forge_ray.data.spill import Spill
-from forge_ray.data.text import Ints, Texts
+from forge_ray.data.text import Ints, Texts, slices
 from forge_ray.runtime import map_rows
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ __all__ = ["Part", "across", "features"]
 Row = dict[str, Any]
 REASONS = ("", "exact", "near", "contaminated")
 _EXACT, _NEAR, _CONTAMINATED = 1, 2, 3
-_CHUNK_BYTES = 4 << 20
+_CHUNK_CHARS = 4 << 20
 # Memory of a task at its peak, measured with tracemalloc on 20,000 documents (2026-11-23): per document of an exact
 # key, per band, per line, and per document that is decided about.
 _EXACT_BYTES, _BAND_BYTES, _LINE_BYTES, _DECISION_BYTES = 96, 72, 112, 320
@@ -54,12 +54,12 @@ def features(texts: Sequence[str], config: CurateConfig) -> pa.Table:
         without words. `lines`: a hash for each line of `text.split("\\n")`, equal for lines equal but for ASCII case
         and outer blanks; 0 for one of fewer than `lines.min_chars` characters.
 
-    Cost: 8 bytes per band and line and 16 per document; memory for 4 MiB of text at a time.
+    Cost: 8 bytes per band and line and 16 per document; memory for 4 Mi characters of text at a time.
     """
     import pyarrow as pa
 
     schema = _schema(config)
-    batches = [pa.record_batch(_chunk(chunk, config), schema) for chunk in _chunks(texts)]
+    batches = [pa.record_batch(_chunk(chunk, config), schema) for chunk in slices(texts, _CHUNK_CHARS)]
     return pa.Table.from_batches(batches, schema).combine_chunks()
 
 
@@ -76,7 +76,7 @@ def _schema(config: CurateConfig) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _chunk(texts: list[str], config: CurateConfig) -> list[Any]:
+def _chunk(texts: Sequence[str], config: CurateConfig) -> list[Any]:
     import pyarrow as pa
 
     columns: list[Any] = []
@@ -98,17 +98,6 @@ def _chunk(texts: list[str], config: CurateConfig) -> list[Any]:
 def _digest(text: str) -> bytes:
     plain = " ".join(text.lower().split()).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(plain, digest_size=16).digest()
-
-
-def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
-    start = total = 0
-    for end, text in enumerate(texts):
-        if total + len(text) > _CHUNK_BYTES and end > start:
-            yield list(texts[start:end])
-            start, total = end, 0
-        total += len(text)
-    if start < len(texts):
-        yield list(texts[start:])
 
 
 # ------------------------------------------------------------------------------------------------------- across
@@ -137,9 +126,10 @@ def across(parts: Sequence[Part], config: CurateConfig, workspace: Workspace) ->
     Raises:
         StorageError: An evaluation set does not exist or cannot be read.
 
-    Cost: this process holds 13 bytes per document; while components are computed 24 per pair of documents that share a
-    band (at most `bands` for each duplicate); and 30 per document that duplicates name. A task holds `spill_bytes`,
-    or what a single part takes if that is more: 112 bytes per line, 72 per band and document.
+    Cost: this process holds 14 bytes per document; while components are computed 24 per pair of documents that share a
+    band (at most `bands` for each duplicate); then 40 per document that goes, and 170 per document because of which
+    others do. A task holds `spill_bytes`, or what a single part takes if that is more: 112 bytes per line, 72 per band
+    and document.
     """
     with _Corpus(parts, config, workspace) as corpus:
         if config.exact.enabled:

@@ -11,7 +11,8 @@ holds no text. Whoever reads a deleted blob is told so (`Workspace.missing`).
 
 What holds a document is told by content, not by bookkeeping: every blob that is a part of documents or a token shard is
 asked for the ids in it, those of other jobs and of killed runs included. With a cleaned part go the features and fates
-that were made of it, unless an artifact without the document has the same ones. Owns that search, the record and the
+that were made of it, unless an artifact without the document has the same ones; with a held-out document go all n-grams
+that are remembered of held-out documents, which bear no names. Owns that search, the record and the
 deleting. Tombstones are `forget.py`; making the builds anew, without the documents, comes first and is the pipeline's.
 
 Cost: reads the first bytes of each blob of documents, the column of ids of each part and the table of each shard, eight
@@ -22,6 +23,7 @@ when they are done), damaged blobs, and all that `left` names in the record.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import struct
@@ -33,7 +35,8 @@ from datetime import UTC, datetime
 from itertools import chain
 from typing import IO, TYPE_CHECKING, Any
 
-from forge_ray.artifact import ACTIVE_S, Artifact, Workspace, cache_folder, digest_bytes
+from forge_ray import garbage
+from forge_ray.artifact import Artifact, Workspace, cache_folder, digest_bytes
 from forge_ray.data import builds, explain, forget, ledger, shards
 from forge_ray.data.forget import ERASURES
 from forge_ray.errors import ArtifactError, DataError, NotFoundError
@@ -103,14 +106,12 @@ def unfinished(workspace: Workspace) -> list[str]:
 def running(workspace: Workspace) -> list[str]:
     """Stages that run now, or were killed within the time that their marker counts."""
     found = []
-    for name in workspace.storage.list("runs"):
-        if name.endswith("/active") and name.count("/") == 2:
-            try:
-                if time.time() - workspace.storage.modified_s(name) < ACTIVE_S:
-                    marker = json.loads(workspace.storage.read_bytes(name))
-                    found.append(f"{marker['stage']}/{name.split('/')[1]} on {marker['host']}")
-            except (NotFoundError, ValueError, KeyError):
-                continue
+    for name in garbage.active(workspace):
+        try:
+            marker = json.loads(workspace.storage.read_bytes(name))
+            found.append(f"{marker['stage']}/{name.split('/')[1]} on {marker['host']}")
+        except (NotFoundError, ValueError, KeyError):
+            continue
     return found
 
 
@@ -127,6 +128,8 @@ def _record(
 ) -> str:
     """Writes down all that is going to happen."""
     sizes = dict(holding) | _companions(workspace, set(holding))
+    if any(row["split"] == "heldout" for row in rows):
+        sizes |= _ngrams(workspace)
     manifests = [artifact for stage in _OF_DOCUMENTS for artifact in builds.artifacts(workspace, stage)]
     hit = [a.ref for a in manifests if any(entry.sha256 in sizes for entry in a.manifest.files)]
     places = explain.places_of(workspace, {row["id"] for row in rows})
@@ -222,14 +225,7 @@ def _finish(workspace: Workspace, name: str) -> dict[str, Any]:
 
 def _clear_leftovers(workspace: Workspace) -> None:
     """Deletes what writers left that were cut off more than an hour ago, whatever it holds."""
-    try:
-        garbage = workspace.garbage()
-    except ArtifactError as error:
-        say(f"  leftovers of killed writers stay until `forge gc` can delete them: {error.what}")
-        return
-    for name, _ in garbage:
-        if name.rpartition("/")[2].startswith(TEMP_PREFIX):
-            workspace.storage.delete(name)
+    garbage.delete(workspace, garbage.leftovers(workspace))
 
 
 def _clear_caches(gone: set[str]) -> None:
@@ -292,7 +288,7 @@ def _table(stream: IO[bytes]) -> pa.Table:
 
     length = struct.unpack("<8sII", stream.read(16))[2]
     header = shards.Header(**json.loads(stream.read(length)))
-    stream.seek(shards._aligned(16 + length) + header.num_tokens * np.dtype(header.dtype).itemsize)
+    stream.seek(shards.tokens_at(length) + header.num_tokens * np.dtype(header.dtype).itemsize)
     return pa.ipc.open_stream(stream.read()).read_all()
 
 
@@ -335,6 +331,17 @@ def _groups(workspace: Workspace) -> Iterator[tuple[str, dict[str, int]]]:
             if name.startswith("clean/"):
                 found = [entries.get(f"{kind}/{name.removeprefix('clean/')}") for kind in ("features", "fates")]
                 yield clean.sha256, {entry.sha256: entry.size_bytes for entry in found if entry}
+
+
+def _ngrams(workspace: Workspace) -> dict[str, int]:
+    """What `contamination.py` remembers of held-out documents: hashes of their n-grams, made again when wanted."""
+    sizes: dict[str, int] = {}
+    for folder in ("memo/evaluation", "memo/evaluation-joined"):
+        for _, data in _memories(workspace, folder):
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged: of no use to anyone
+                files = [run["$file"] for row in json.loads(data)["rows"] for run in row["runs"]]
+                sizes |= {sha256: size for _, sha256, size in files}
+    return sizes
 
 
 def _remembered(workspace: Workspace) -> Iterator[tuple[str, dict[str, int]]]:

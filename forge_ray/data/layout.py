@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import Any
 
-from forge_ray.artifact import Artifact, FileEntry, Workspace, digest_bytes
+from forge_ray.artifact import FileEntry, Workspace, digest_bytes
 from forge_ray.config import BotocoreSource, IngestConfig, Source
 from forge_ray.data import botocore_docs, formats
 from forge_ray.errors import ArtifactError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 FILE = "layout.parquet"
 UNIT_BYTES = 16 << 20
@@ -67,17 +66,17 @@ def plan(config: IngestConfig, workspace: Workspace) -> list[Unit]:
         DataError: A source holds no file of a known kind.
     """
     listings = [reader(source).listing(source) for source in config.sources]
-    there = [{row["name"]: (row["size"], row["state"]) for row in rows} for rows in listings]
-    before = _before(config, workspace)
-    kept = [
-        unit
-        for unit in before
-        if all(there[unit.source].get(row["name"]) == (row["size"], row["state"]) for row in unit.rows)
-    ]
+    there = [{row["name"]: row for row in rows} for rows in listings]
     taken = [set[str]() for _ in listings]
-    for unit in kept:
-        taken[unit.source].update(row["name"] for row in unit.rows)
-    generation = 1 + max((unit.generation for unit in before), default=-1)
+    kept: list[Unit] = []
+    generation = 0
+    for unit in _before(config, workspace):
+        generation = max(generation, unit.generation + 1)
+        found = [there[unit.source].get(row["name"]) for row in unit.rows]
+        if [_state(row) for row in found if row] == [_state(row) for row in unit.rows]:
+            rows = tuple(row for row in found if row)  # the listing's, so that each file is held once
+            kept.append(Unit(unit.source, unit.generation, rows))
+            taken[unit.source].update(row["name"] for row in rows)
     new = [
         Unit(number, generation, rows)
         for number, rows in enumerate(listings)
@@ -113,26 +112,23 @@ def store(workspace: Workspace, units: list[Unit]) -> FileEntry:
     return build.entry
 
 
-def load(artifact: Artifact) -> list[Unit]:
-    """The layout that an ingest artifact was made of."""
+def _state(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["name"], row["size"], row["state"]
+
+
+def _before(config: IngestConfig, workspace: Workspace) -> Iterator[Unit]:
+    """The units of the newest artifact of this configuration, one at a time."""
+    import numpy as np
     import pyarrow.parquet as pq
 
-    return _units(pq.read_table(artifact.local_path(FILE)))
-
-
-def _units(table: pa.Table) -> list[Unit]:
-    rows: dict[tuple[int, int, int], list[dict[str, Any]]] = defaultdict(list)
-    for row in table.to_pylist():
-        place = (row.pop("unit"), row.pop("source"), row.pop("generation"))
-        rows[place].append(row)
-    return [Unit(source, generation, tuple(found)) for (_, source, generation), found in sorted(rows.items())]
-
-
-def _before(config: IngestConfig, workspace: Workspace) -> list[Unit]:
     try:
-        return load(workspace.resolve(lineage(config)))
+        table = pq.read_table(workspace.resolve(lineage(config)).local_path(FILE))
     except ArtifactError:  # none, or one that is damaged: the layout starts anew, at the cost of time alone
-        return []
+        return
+    starts = np.flatnonzero(np.diff(table["unit"].to_numpy(), prepend=-1))
+    for start, end in pairwise([*starts.tolist(), len(table)]):
+        rows = table.slice(start, end - start).to_pylist()
+        yield Unit(rows[0]["source"], rows[0]["generation"], tuple(rows))
 
 
 def _cut(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], ...]]:

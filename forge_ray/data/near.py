@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge_ray.config import NearConfig
-from forge_ray.data.text import Hashes, Ints, Spans, Texts, shingles
+from forge_ray.data.text import Hashes, Ints, Spans, Texts, finalise, shingles
 
 # 64 Ki hashes of 4 bytes stay in the second-level cache: 20 ns per shingle for 112 functions, 46 in blocks of 8 Ki
 # (2026-11-23, AMD EPYC).
@@ -45,7 +45,7 @@ def band_hashes(texts: Texts, config: NearConfig) -> tuple[Hashes, NDArray[np.bo
     for band in range(config.bands):
         total = np.full(len(texts), keys[config.rows + band], np.uint64)
         for row in range(config.rows):
-            total = _mix(total ^ (signature[band * config.rows + row] * np.uint64(keys[row] | 1)))
+            total = finalise(total ^ (signature[band * config.rows + row] * np.uint64(keys[row] | 1)))
         bands[:, band] = total
     has_words = np.zeros(len(texts), np.bool_)
     has_words[document] = True
@@ -63,7 +63,7 @@ def _shingles(words: Spans, num_documents: int, size_words: int) -> tuple[Hashes
     total = np.zeros(len(short), np.uint64)
     for place in range(size_words - 1):
         there = counts[short] > place
-        total[there] = _mix(total[there] ^ words.hash[first[there] + place])
+        total[there] = finalise(total[there] ^ words.hash[first[there] + place])
     grams, document = np.concatenate([grams, total]), np.concatenate([document, short])
     order = np.argsort(document, kind="stable")
     return grams[order], document[order]
@@ -104,12 +104,6 @@ def _random(seed: int, count: int) -> Iterator[int]:
         value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
         yield value ^ (value >> 31)
-
-
-def _mix(value: Hashes) -> Hashes:
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
 
 
 class Components:

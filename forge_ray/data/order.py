@@ -34,6 +34,7 @@ import numpy as np
 
 from forge_ray.config import MixtureConfig
 from forge_ray.data.shards import ShardIndex
+from forge_ray.data.text import finalise
 from forge_ray.errors import ConfigError, DataError
 
 _WEIGHT_STEPS = 1 << 40
@@ -68,15 +69,8 @@ class Permutation:
     def _once(self, x: np.ndarray) -> np.ndarray:
         left, right = x >> self._half_bits, x & self._mask
         for key in self._keys:
-            left, right = right, left ^ (_mix(right + key) & self._mask)
+            left, right = right, left ^ (finalise(right + key) & self._mask)
         return (left << self._half_bits) | right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): each input bit reaches every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 class Mixture:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ _LINE_FACTOR = 4
 _LINE_BYTES = 64 << 10
 _SIDE_BYTES = 1 << 20  # a licence, date or further field that is larger is none
 _SMALL_BYTES = 1 << 20
+_NAME = re.compile(r"[A-Za-z_][\w.-]{0,30}")
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,9 @@ def csv_rows(stream: Any, place: Place) -> Iterator[Document | Skipped]:
 
 def _csv_columns(header: list[str], names: tuple[str, ...]) -> list[int]:
     if names[0] not in header:
-        raise Unreadable(NO_TEXT, f"{names[0]!r}, only {', '.join(header)[:200]!r}")
+        # Without a heading its place is taken by a record, which is nobody's business.
+        shown = ", ".join(name if _NAME.fullmatch(name) else "…" for name in header[:20])
+        raise Unreadable(NO_TEXT, f"{names[0]!r}, only {shown[:200]!r}")
     if twice := [name for name in names if header.count(name) > 1]:
         raise Unreadable(TWO_COLUMNS, ", ".join(twice))
     return [header.index(name) if name in header else -1 for name in names]

@@ -273,7 +273,16 @@ def slices(texts: Sequence[str], max_chars: int) -> Iterator[Sequence[str]]:
 
 def mix(value: Hashes) -> Hashes:
     """Every bit of the result depends on every bit of the value: the finaliser of SplitMix64 (Steele et al., 2014)."""
-    value = value + _GOLDEN
+    return _finished(value + _GOLDEN)
+
+
+def finalise(value: Hashes) -> Hashes:
+    """As `mix` without its first addition: 0 stays 0, so the value must hold a key already."""
+    return _finished(value.copy())
+
+
+def _finished(value: Hashes) -> Hashes:
+    """In place."""
     value ^= value >> np.uint64(30)
     value *= np.uint64(0xBF58476D1CE4E5B9)
     value ^= value >> np.uint64(27)

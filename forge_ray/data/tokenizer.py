@@ -32,6 +32,7 @@ __all__ = [
     "counter",
     "cut_to",
     "end_of_document",
+    "learnt",
     "load",
     "measure",
     "run",
@@ -219,10 +220,15 @@ def _learn(config: TokenizerConfig, pieces: Iterable[Any]) -> tuple[str, dict[st
 
     table = merged(map(ray.get, pieces), config.sample_bytes)
     num_bytes = pc.sum(pc.binary_length(table["text"])).as_py() or 0
-    return _learnt(config, texts_of(table)), {"sample_documents": len(table), "sample_bytes": num_bytes}
+    return learnt(config, texts_of(table)), {"sample_documents": len(table), "sample_bytes": num_bytes}
 
 
-def _learnt(config: TokenizerConfig, texts: Iterable[str]) -> str:
+def learnt(config: TokenizerConfig, texts: Iterable[str]) -> str:
+    """The vocabulary of these texts as the JSON of `tokenizer.json`.
+
+    Raises:
+        DataError: They do not support so many entries.
+    """
     tokenizer = train(texts, vocab_size=config.vocab_size, pattern=config.pattern, special_tokens=config.special_tokens)
     if tokenizer.get_vocab_size() < config.vocab_size:
         raise DataError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from forge_ray.artifact import Artifact, FileEntry, Workspace
 from forge_ray.config import EvaluateConfig, ModelConfig
 from forge_ray.data import tokenizer as vocabulary
-from forge_ray.data.shards import Shard
+from forge_ray.data.shards import Shard, ShardIndex, ShardInfo
 from forge_ray.evaluate import baselines
 from forge_ray.evaluate.baselines import windows
 from forge_ray.runtime import map_rows
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from forge_ray.model.transformer import Transformer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 OURS = "model"
 _BATCH_DOCUMENTS = 16
 _LOGITS_BYTES = 256 << 20
@@ -71,6 +71,9 @@ def run(
         "context_tokens": seq_len,
         "samples": samples,
     }
+    if "bigram" in scores:
+        counted = sum(shard.tokens for shard in bigram_shards(ShardIndex.of(inputs["tokenize"])))
+        metrics["bigram_train_tokens"] = min(counted, baselines.BIGRAM_TRAIN_TOKENS)
     return [workspace.put_bytes("report.json", json.dumps(metrics, indent=1).encode())], metrics
 
 
@@ -126,8 +129,9 @@ class _Scorer:
         import numpy as np
 
         shards = self._get("tokenize")
-        opened = [Shard(shards.local_path(name)) for name in shards.names(".tok") if name.startswith("train")]
-        bigram = baselines.Bigram([shard.tokens for shard in opened], opened[0].header.vocab_size)
+        index = ShardIndex.of(shards)
+        opened = [Shard(shards.local_path(shard.name)) for shard in bigram_shards(index)]
+        bigram = baselines.Bigram([shard.tokens for shard in opened], index.vocab_size)
         return sum(bigram.nats(np.asarray(ids)) for ids in self._ids(texts)) / float(np.log(2))
 
     def _model(self, texts: list[str]) -> float:
@@ -157,6 +161,20 @@ class _Scorer:
             new = generate(model, ids, self.config.sample_tokens, self.config.temperature, end, generator)
             out.append({"prompt": prompt, "continuation": tokenizer.decode(new)})
         return out
+
+
+def bigram_shards(index: ShardIndex) -> list[ShardInfo]:
+    """The training shards whose bigrams are counted: in the order of their SHA-256, which is a fair draw from all
+    sources, until `BIGRAM_TRAIN_TOKENS` are reached; the one that reaches them is the last.
+    """
+    chosen: list[ShardInfo] = []
+    num_tokens = 0
+    for shard in sorted(index.shards, key=lambda shard: shard.sha256):
+        if num_tokens >= baselines.BIGRAM_TRAIN_TOKENS:
+            break
+        chosen.append(shard)
+        num_tokens += shard.tokens
+    return chosen
 
 
 def training_texts(documents: Artifact) -> Iterator[str]:

@@ -323,14 +323,14 @@ def _tried(config: ForgeConfig, text: str, seed: int, table: Any, held_out: list
     import torch
     from tokenizers import Tokenizer
 
-    key = {"tokenizer": digest_bytes(text.encode()), "seed": seed}
+    plan, scored = trial(config), Draw(config.sweep.scored_bytes)
+    bf16 = observe_precision(plan.config)["precision"] == "bf16"
+    key = {"tokenizer": digest_bytes(text.encode()), "seed": seed, "bf16": bf16}
     if known := memo.get(key):
         return known[0]
     torch.set_num_threads(1)
-    plan, scored = trial(config), Draw(config.sweep.scored_bytes)
     for row in held_out:
         scored.add(row)
-    bf16 = observe_precision(plan.config)["precision"] == "bf16"
     texts = [row["text"] for row in scored.rows()]
     result = plan.run(Tokenizer.from_str(text), vocabulary.texts_of(table), texts, seed=seed, bf16=bf16)
     memo.put(key, [result])

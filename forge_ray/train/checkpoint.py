@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from forge_ray import garbage
 from forge_ray.artifact import Artifact, FileEntry, Manifest, Workspace
 from forge_ray.errors import ArtifactError, CorruptError, ForgeError
 from forge_ray.telemetry import say
@@ -85,14 +86,9 @@ class Checkpoints:
         old = self.steps()[:-keep]
         if not old:
             return
-        storage = self.workspace.storage
         try:
-            used: set[str] = set()
-            # Of every run: two runs may store the same bytes, such as a state file.
-            others = [name for name in storage.list("runs") if "/checkpoints/" in name and name.endswith(".json")]
-            for name in {*others, *storage.list("artifacts")} - {self._name(step) for step in old}:
-                manifest = Manifest.from_json(storage.read_bytes(name), f"{self.workspace.uri}/{name}")
-                used |= {entry.sha256 for entry in manifest.files}
+            # By every run: two runs may store the same bytes, such as a state file.
+            used = garbage.in_use(self.workspace, but={self._name(step) for step in old})
             for step in old:
                 files: tuple[FileEntry, ...] = self.get(step).manifest.files
                 self.workspace.storage.delete(self._name(step))

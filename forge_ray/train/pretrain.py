@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -116,6 +117,13 @@ def load_model(artifact: Artifact, model: ModelConfig, max_len: int) -> tuple[Tr
 
 
 def _train(spec: RunSpec) -> None:
+    """Runs Ray Train until its workers have ended.
+
+    Its storage is a temporary folder of this node, on however many nodes the workers are: only the controller writes
+    there, which Ray Train attaches to the driver's node, and workers look whether they see that folder when they report
+    a checkpoint, which ours never do (Ray 2.60, `StorageContext` and `ray.train.report`). Left unset it would be
+    `~/ray_results`, for good.
+    """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -125,33 +133,34 @@ def _train(spec: RunSpec) -> None:
         (config.min_workers, config.max_workers) if config.min_workers < config.max_workers else config.max_workers
     )
     board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).remote()
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"spec": spec, "board": board},
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=_resources(config)
-        ),
-        run_config=RunConfig(
-            name=f"pretrain-{spec.run_id}-{int(time.time())}",
-            storage_path=spec.workspace.storage.local and f"{spec.workspace.uri}/runs/{spec.run_id}/ray_train",
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-        ),
-    )
-    say(f"  run {spec.run_id}: {num_workers_text(config)}, {spec.precision}")
-    with _Watch(board, config.steps) as watch, unwrapped():
-        try:
-            trainer.fit()
-        except ForgeError:
-            raise
-        except SystemExit:
-            # Ray Train catches Ctrl-C, aborts the run in good order and then ends the process by itself.
-            raise KeyboardInterrupt from None
-        except Exception as error:
-            if watch.error() is None:
-                raise TrainError(
-                    "Ray Train gave up", got=str(error)[:2000], do="see the workers' logs on Ray's dashboard"
-                ) from error
+    with tempfile.TemporaryDirectory(prefix="forge-train-", ignore_cleanup_errors=True) as folder:
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"spec": spec, "board": board},
+            scaling_config=ScalingConfig(
+                num_workers=workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=_resources(config)
+            ),
+            run_config=RunConfig(
+                name=f"pretrain-{spec.run_id}-{int(time.time())}",
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=config.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+            ),
+        )
+        say(f"  run {spec.run_id}: {num_workers_text(config)}, {spec.precision}")
+        with _Watch(board, config.steps) as watch, unwrapped():
+            try:
+                trainer.fit()
+            except ForgeError:
+                raise
+            except SystemExit:
+                # Ray Train catches Ctrl-C, aborts the run in good order and then ends the process by itself.
+                raise KeyboardInterrupt from None
+            except Exception as error:
+                if watch.error() is None:
+                    raise TrainError(
+                        "Ray Train gave up", got=str(error)[:2000], do="see the workers' logs on Ray's dashboard"
+                    ) from error
     if watch.error() is not None:
         raise watch.error()
 

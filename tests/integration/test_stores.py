@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from forge_ray import retry, storage, stores
+from forge_ray import garbage, retry, storage, stores
 from forge_ray.artifact import Manifest, Workspace
 from forge_ray.doctor import _store
 from forge_ray.errors import ArtifactError, CorruptError, NotFoundError, StorageError
@@ -472,10 +472,10 @@ def test_a_workspace_goes_all_the_way_round(store: Storage, tmp_path: Path) -> N
     folder = again.get(artifact.ref).materialize(tmp_path / "folder")
     assert (folder / "part/one.txt").read_bytes() == b"content"
     loose = workspace.put_bytes("loose", b"nobody refers to it")
-    garbage = workspace.garbage(grace_s=-5.0)
-    assert [(name.rpartition("/")[2], size) for name, size in garbage] == [(loose.sha256, loose.size_bytes)]
-    workspace.collect(garbage)
-    assert workspace.garbage(grace_s=-5.0) == []
+    found = garbage.find(workspace, grace_s=-5.0)
+    assert [(name.rpartition("/")[2], size) for name, size in found] == [(loose.sha256, loose.size_bytes)]
+    garbage.delete(workspace, found)
+    assert garbage.find(workspace, grace_s=-5.0) == []
     assert Workspace(store.uri).get(artifact.ref).read_bytes("part/one.txt") == b"content"
 
 

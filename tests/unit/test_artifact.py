@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from forge_ray import garbage
 from forge_ray.artifact import Artifact, FileEntry, Manifest, Workspace, digest_bytes, fingerprint
 from forge_ray.errors import ArtifactError, CorruptError, DiskFullError, NotFoundError
 
@@ -367,26 +368,26 @@ def test_only_blobs_that_nothing_refers_to_are_garbage(workspace: Workspace) -> 
     workspace.storage.create("runs/run/checkpoints/00000005.json", growing.to_json())
     workspace.storage.write("runs/run/events/1.jsonl", b"{}\n")
     unused = workspace.put_bytes("unused", b"of nobody")
-    garbage = workspace.garbage(now=HOUR_LATER)
-    assert garbage == [(_blob(unused), len(b"of nobody"))]
-    workspace.collect(garbage)
-    assert workspace.garbage(now=HOUR_LATER) == []
+    found = garbage.find(workspace, now=HOUR_LATER)
+    assert found == [(_blob(unused), len(b"of nobody"))]
+    garbage.delete(workspace, found)
+    assert garbage.find(workspace, now=HOUR_LATER) == []
     assert {name: made.read_bytes(name) for name in made.names()} == FILES
     assert Artifact(workspace, growing).read_bytes("model.safetensors") == b"of a run that is still going on"
 
 
 def test_what_is_younger_than_the_grace_stays(workspace: Workspace) -> None:
     workspace.put_bytes("unused", b"of nobody")
-    assert workspace.garbage() == []
-    assert len(workspace.garbage(grace_s=-60.0)) == 1
+    assert garbage.find(workspace) == []
+    assert len(garbage.find(workspace, grace_s=-60.0)) == 1
 
 
 def test_an_old_blob_that_a_running_stage_stored_again_has_the_grace_of_a_new_one(local: Workspace) -> None:
     entry = local.put_bytes("shard", b"left by a run that was killed yesterday")
     os.utime(local.storage.local_path(_blob(entry)), (1, 1))
-    assert len(local.garbage()) == 1
+    assert len(garbage.find(local)) == 1
     local.put_bytes("shard", b"left by a run that was killed yesterday")
-    assert local.garbage() == []
+    assert garbage.find(local) == []
 
 
 def _age(workspace: Workspace, name: str, age_s: float) -> None:
@@ -397,8 +398,8 @@ def _age(workspace: Workspace, name: str, age_s: float) -> None:
 def test_what_a_running_stage_stored_stays_however_old(workspace: Workspace) -> None:
     with workspace.active("ingest", A):
         entry = workspace.put_bytes("part", b"of a stage that takes hours")
-        assert workspace.garbage(now=HOUR_LATER) == []
-    assert [name for name, _ in workspace.garbage(now=HOUR_LATER)] == [_blob(entry)]
+        assert garbage.find(workspace, now=HOUR_LATER) == []
+    assert [name for name, _ in garbage.find(workspace, now=HOUR_LATER)] == [_blob(entry)]
 
 
 def test_a_marker_spares_only_what_is_not_older_than_its_run_and_only_for_seven_days(local: Workspace) -> None:
@@ -408,8 +409,8 @@ def test_a_marker_spares_only_what_is_not_older_than_its_run_and_only_for_seven_
     for entry, age_s in ((old, 9 * hour), (new, 5 * hour)):
         _age(local, _blob(entry), age_s)
     _age(local, f"runs/{A}/active", 6 * hour)
-    assert [name for name, _ in local.garbage()] == [_blob(old)]
-    assert len(local.garbage(now=lambda: time.time() + 7 * day)) == 2
+    assert [name for name, _ in garbage.find(local)] == [_blob(old)]
+    assert len(garbage.find(local, now=lambda: time.time() + 7 * day)) == 2
 
 
 def test_a_stage_that_fails_takes_its_marker_along_and_a_killed_one_is_finished_by_the_next(local: Workspace) -> None:
@@ -432,9 +433,9 @@ def test_remains_of_killed_writers_are_garbage_after_the_grace(local: Workspace)
     _publish(local)
     remains = local.storage.local / "blobs" / ".tmp-killed"
     remains.write_bytes(b"half")
-    assert local.garbage() == []
-    assert local.garbage(now=HOUR_LATER) == [("blobs/.tmp-killed", 4)]
-    local.collect(local.garbage(now=HOUR_LATER))
+    assert garbage.find(local) == []
+    assert garbage.find(local, now=HOUR_LATER) == [("blobs/.tmp-killed", 4)]
+    garbage.delete(local, garbage.find(local, now=HOUR_LATER))
     assert not remains.exists()
 
 
@@ -444,7 +445,7 @@ def test_nothing_is_garbage_while_a_manifest_is_damaged(workspace: Workspace, na
     workspace.storage.create(name, Manifest(stage="ingest", fingerprint=A, files=(entry,)).to_json())
     _flip(workspace, name)
     with pytest.raises(CorruptError) as caught:
-        workspace.garbage(now=HOUR_LATER)
+        garbage.find(workspace, now=HOUR_LATER)
     assert name in caught.value.got
 
 

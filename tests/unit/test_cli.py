@@ -16,6 +16,7 @@ import pytest
 from forge_ray import cli, pipeline
 from forge_ray.artifact import Manifest, Workspace
 from forge_ray.errors import ConfigError, ForgeError
+from forge_ray.words import OTHER_VERBS, STAGE_VERBS
 
 
 @pytest.fixture
@@ -82,8 +83,8 @@ def test_help_of_a_verb_names_it_and_the_fields_of_its_stage(forge: Forge, verb:
     code, out, _ = forge(verb, "--help")
     assert code == 0
     assert out.startswith(f"usage: forge {verb} ")
-    assert (f"\n{verb}." in out) == (verb in cli.STAGE_VERBS or verb == "serve")
-    assert {**cli.STAGE_VERBS, **cli.OTHER_VERBS}[verb] in out
+    assert (f"\n{verb}." in out) == (verb in STAGE_VERBS or verb == "serve")
+    assert {**STAGE_VERBS, **OTHER_VERBS}[verb] in out
 
 
 def test_help_of_pretrain_gives_type_default_and_meaning(forge: Forge) -> None:
@@ -218,7 +219,7 @@ def test_a_dry_run_shows_values_origins_and_stages_and_writes_nothing(forge: For
     assert rows["pretrain.steps"].split()[1:] == ["7", "[--pretrain.steps]"]
     assert rows["ingest.sources.0.uri"].endswith(f'"{tmp_path}/docs"  [{job}]')
     stages = [line.split()[1].partition("/")[0] for line in out.splitlines() if line.startswith("run ")]
-    assert stages == [*cli.STAGE_VERBS, "serve"]
+    assert stages == [*STAGE_VERBS, "serve"]
     assert not (tmp_path / "workspace").exists()
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from forge_ray import garbage
 from forge_ray.artifact import FileEntry, Manifest, Workspace
 from forge_ray.memo import Memo
 
@@ -72,9 +75,20 @@ def test_gc_takes_a_memory_with_its_last_blob_and_not_before(workspace: Workspac
     workspace.publish(Manifest(stage="curate", fingerprint="0" * 16, files=(used,)))
     memo(workspace).put({"x": 1}, [{"clean": used}])
     memo(workspace).put({"x": 2}, [{"clean": used, "work": unused}])
-    assert workspace.garbage() == []
-    garbage = workspace.garbage(grace_s=-10)
-    assert {name.partition("/")[0] for name, _ in garbage} == {"blobs", "memo"}
-    workspace.collect(garbage)
+    assert garbage.find(workspace) == []
+    found = garbage.find(workspace, grace_s=-10)
+    assert {name.partition("/")[0] for name, _ in found} == {"blobs", "memo"}
+    garbage.delete(workspace, found)
     assert memo(workspace).get({"x": 1}) == [{"clean": used}]
     assert len(workspace.storage.list("memo")) == 1
+
+
+def test_gc_leaves_what_a_running_stage_may_remember_from_one_that_failed(workspace: Workspace) -> None:
+    """It reads the memory when it comes to that piece, maybe hours after another process looked for garbage."""
+    old, forgotten = workspace.put_bytes("part", b"of a run that failed"), workspace.put_bytes("spill", b"of that run")
+    memo(workspace).put({"x": 1}, [{"clean": old}])
+    later = time.time() + 7200
+    with workspace.active("curate", "0" * 16):
+        os.utime(workspace.storage.local_path(f"runs/{'0' * 16}/active"), (later - 60, later - 60))
+        assert [name.rpartition("/")[2] for name, _ in garbage.find(workspace, now=lambda: later)] == [forgotten.sha256]
+    assert len(garbage.find(workspace, now=lambda: later)) == 3

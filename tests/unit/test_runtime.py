@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from forge_ray import runtime
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ConfigError, StorageError
 
 # Holds a folder as a process of another container does, says so, and waits.
 _HOLDS = """
@@ -125,3 +125,25 @@ def test_a_dashboard_port_that_is_taken_is_passed_over() -> None:
         with runtime._claimed_port(port) as one, runtime._claimed_port(port) as other:
             assert len({port, one, other}) == 3
             assert port < min(one, other) <= max(one, other) < port + 100
+
+
+def test_an_error_that_passed_through_several_processes_comes_out_as_itself() -> None:
+    from ray.exceptions import RayTaskError
+
+    error: Exception = StorageError("the store is gone", got="s3://b/x")
+    for task in ("inner", "outer"):
+        error = RayTaskError(task, "a traceback", error).as_instanceof_cause()
+        with pytest.raises(StorageError) as caught, runtime.unwrapped():
+            raise error
+        assert type(caught.value) is StorageError
+        assert caught.value.got == "s3://b/x"
+
+
+def test_an_error_of_ours_that_another_caused_is_raised_as_it_is() -> None:
+    with pytest.raises(ConfigError, match="outer"), runtime.unwrapped():
+        raise ConfigError("outer") from StorageError("inner")
+
+
+def test_an_error_of_somebody_else_is_raised_as_it_is() -> None:
+    with pytest.raises(ValueError, match="theirs"), runtime.unwrapped():
+        raise ValueError("theirs") from KeyError("x")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from forge_ray.artifact import Artifact, Workspace
 from forge_ray import copies
+from forge_ray.artifact import Artifact, Workspace
 from forge_ray.data import cache
 from forge_ray.data.cache import ShardCache
 from forge_ray.data.shards import ShardIndex, ShardInfo

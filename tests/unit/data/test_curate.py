@@ -197,3 +197,13 @@ def test_an_evaluation_set_that_changes_while_it_is_read_is_named(
     (tmp_path / "exam.txt").write_text(sentence(2) + "more")
     with pytest.raises(DataError, match=r"exam\.txt"):
         curate.run(config, documents, workspace, frozen=frozen)
+
+
+def test_another_model_of_names_under_the_same_path_is_another_state(tmp_path: Path) -> None:
+    config = CurateConfig.model_validate({"privacy": {"enabled": True, "name_model": str(tmp_path)}})
+    states = [curate.observe(config)]
+    for version in ("1.0", "1.1"):
+        (tmp_path / "meta.json").write_text(f'{{"version": "{version}"}}')
+        states.append(curate.observe(config))
+    assert len({state["names"] for state in states}) == 3
+    assert curate.observe(CurateConfig()) == {}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +20,7 @@ from forge_ray.artifact import Workspace
 from forge_ray.config import CurateConfig
 from forge_ray.data import contamination, dedup
 from forge_ray.data.dedup import Part, across, features
+from forge_ray.data.spill import read_columns, write_columns
 from forge_ray.errors import DataError
 from forge_ray.memo import Memo
 
@@ -379,7 +381,7 @@ def test_features_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) ->
     texts = [doc.text for doc in corpus(1)]
     config = config_of(*ALL)
     whole = features(texts, config)
-    monkeypatch.setattr(dedup, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(dedup, "_CHUNK_CHARS", 100)
     assert features(texts, config).equals(whole)
     for i in (0, len(texts) // 2):
         assert features(texts[i : i + 3], config).equals(whole.slice(i, 3))
@@ -510,9 +512,12 @@ COMBINATIONS = (
 
 
 @pytest.mark.parametrize("steps", COMBINATIONS, ids=lambda steps: "+".join(steps))
-def test_equal_to_a_plain_reference_however_parts_and_pieces_are_cut(decide: Decide, steps: tuple[str, ...]) -> None:
+def test_equal_to_a_plain_reference_however_parts_and_pieces_are_cut(
+    decide: Decide, steps: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: set[str | None] = set()
     for seed in range(3):
+        monkeypatch.setattr(contamination, "_FEW_RUNS", 2 * seed)
         docs = corpus(seed)
         config = config_of(*steps, near={"rows": 3, "bands": 6}, lines={"max_copies": 1 + seed % 2})
         wanted = reference(docs, config)
@@ -520,6 +525,22 @@ def test_equal_to_a_plain_reference_however_parts_and_pieces_are_cut(decide: Dec
         assert decide(docs, config.replace(spill_bytes=3000 + 3000 * seed), size=1 + seed) == wanted
         seen |= {fate.drop for fate in wanted.values()} | {"lines" for fate in wanted.values() if fate.remove}
     assert seen - {None} == {"contaminated" if step == "decontaminate" else step for step in steps}
+
+
+def test_many_runs_are_joined_into_few_that_hold_the_same(workspace: Workspace) -> None:
+    draw = np.random.default_rng(1)
+    entries = []
+    for first in range(0, 300, 10):
+        grams = np.sort(draw.integers(0, 1 << 64, 200, np.uint64))
+        entries.append(write_columns(workspace, {"gram": grams, "owner": draw.integers(first, first + 10, 200)}))
+    before = [read_columns(workspace, entry) for entry in entries]
+    [row] = contamination.Join(6000 * 64 // 3, workspace)({"runs": entries})
+    after = [read_columns(workspace, entry) for entry in row["runs"]]
+    assert [len(run["gram"]) > 1500 for run in after] == [True] * 3
+    grams, owner = (np.concatenate([run[name] for run in after]) for name in ("gram", "owner"))
+    assert (np.diff(grams.astype(object)) >= 0).all()
+    rows = [(int(g), int(o)) for run in before for g, o in zip(run["gram"], run["owner"])]
+    assert sorted(rows) == list(zip(grams.tolist(), owner.tolist()))
 
 
 def test_later_generations_change_nothing_earlier(decide: Decide) -> None:

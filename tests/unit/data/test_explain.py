@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -203,3 +204,14 @@ def test_every_row_is_looked_at_however_many_parts_there_are(job: Job, monkeypat
     assert len(keys) == 50
     for key in random.Random(0).sample(keys, 5):
         assert why(job, key).found.row["key"] == key
+
+
+def test_an_evaluation_text_that_a_document_overlaps_is_named(ran: Job) -> None:
+    found = why(ran, "guide/07.txt").found
+    row = found.row | {"fate": "dropped", "step": "decontaminate", "reason": "contaminated"}
+    by_file = explain.as_text(Answer(builds.Found(row | {"duplicate_of": "s3://exams/one.txt"}, found.build), True))
+    assert re.search(r"\noverlaps +s3://exams/one.txt", by_file)
+    other = why(ran, "guide/05.txt").found.row
+    by_document = explain.as_text(Answer(builds.Found(row, found.build), True, original=other))
+    assert re.search(rf"\noverlaps +{other['id']}", by_document)
+    assert "kept instead" not in by_document

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from forge_ray import cli, pipeline
+from forge_ray import cli, garbage, pipeline
 from forge_ray.artifact import FileEntry, Workspace, cache_folder, digest_file
 from forge_ray.config import IngestConfig
 from forge_ray.data import builds, erase, explain, forget, ingest, ledger
@@ -225,9 +226,9 @@ def test_after_erasing_show_gc_why_and_the_job_still_work(job: Job, capsys: pyte
     result = call(job, "guide/07.txt", "--erase")
     assert cli.main(["show", old.ref, f"--workspace={job.workspace.uri}"]) == 0
     assert old.ref in capsys.readouterr().out
-    garbage = {name for name, _ in job.workspace.garbage(grace_s=0.0)}
+    idle = {name for name, _ in garbage.find(job.workspace, grace_s=0.0)}
     used = {entry.sha256 for artifact in job.run().values() for entry in artifact.manifest.files}
-    assert not {name.rpartition("/")[2] for name in garbage} & used
+    assert not {name.rpartition("/")[2] for name in idle} & used
     for artifact in job.run().values():
         for name in artifact.names():
             artifact.local_path(name)
@@ -391,3 +392,27 @@ def _downloaded(workspace: Workspace, folder: Path) -> Workspace:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         workspace.storage.fetch(name, folder / name)
     return Workspace(str(folder))
+
+
+def test_ngrams_of_held_out_documents_go_with_one_of_them(own: Job) -> None:
+    own.settings["curate"]["decontaminate"] = {"enabled": True}
+    own.save()
+    own.run()
+    rows = [row for file in builds.files(builds.latest(own.workspace)) for row in file.rows(None, 1000)]
+    kept = [row for row in rows if row["fate"] == ledger.KEPT]
+    held_out, training = (next(row["id"] for row in kept if row["split"] == split) for split in ("heldout", "train"))
+    call(own, training, "--erase")
+    assert ngrams(own)
+    assert own.workspace.storage.list("memo/evaluation")
+    call(own, held_out, "--erase")
+    assert ngrams(own) == own.workspace.storage.list("memo/evaluation") == []
+
+
+def ngrams(job: Job) -> list[str]:
+    """Files of n-grams, whatever remembers them."""
+    found = []
+    for name in job.workspace.storage.list("blobs"):
+        path = job.workspace.storage.local_path(name)
+        if path is not None and path.read_bytes()[:6] == b"ARROW1" and "gram" in pa.ipc.open_file(path).schema.names:
+            found.append(name)
+    return found

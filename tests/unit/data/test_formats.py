@@ -254,6 +254,7 @@ def test_csv_with_quotes_line_ends_and_gaps(corpus: tuple[str, Put]) -> None:
     ("data", "reason"),
     [
         (b"id,body\n1,x\n", "unreadable: no text field: 'text', only 'id, body'"),
+        (b"7,Jane Roe,jane@example.org\n", "unreadable: no text field: 'text', only '…, …, …'"),
         (b"text,text\na,b\n", "unreadable: two columns of one name: text"),
     ],
 )

@@ -127,7 +127,7 @@ def stage(publish: Callable[..., Artifact], rows: Callable[..., Any], plain_loop
     """Documents and a vocabulary of theirs."""
     texts = [row["text"] for row in rows(40)] + ["text with <|endoftext|> in it", "日本語 👩‍👧"]
     documents = publish({"train-00000.parquet": rows(texts=texts), "heldout-00000.parquet": rows(5, seed=1)})
-    text = vocabulary._learnt(TokenizerConfig(vocab_size=400), texts)
+    text = vocabulary.learnt(TokenizerConfig(vocab_size=400), texts)
     file = documents.workspace.put_bytes("tokenizer.json", text.encode())
     tokenizer = documents.workspace.publish(Manifest(stage="tokenizer", fingerprint=file.sha256[:16], files=(file,)))
     return documents, tokenizer
@@ -169,6 +169,7 @@ def test_the_table_leads_to_every_documents_text(stage: tuple[Artifact, Artifact
 def test_smaller_shards_hold_the_same_tokens(stage: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
     whole, totals = opened(*stage, shard_tokens=1 << 20)
     monkeypatch.setattr(shards, "_ENCODE_DOCUMENTS", 7)
+    monkeypatch.setattr(shards, "_ENCODE_CHARS", 1000)
     pieces, split_totals = opened(*stage, shard_tokens=300)
     train = [name for name in pieces if name.startswith("train")]
     assert train == [f"train-{i:05d}.tok" for i in range(len(train))]

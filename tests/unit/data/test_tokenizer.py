@@ -22,7 +22,7 @@ Publish, MakeRows = Callable[..., Artifact], Callable[..., list[dict[str, str]]]
 def learn(documents: Artifact, **config: Any) -> tuple[Artifact, dict[str, Any]]:
     """Trains as the Ray task does and publishes the result."""
     fields = TokenizerConfig(**config)
-    text = vocabulary._learnt(fields, [row["text"] for row in sample(documents, "train", fields.sample_bytes)])
+    text = vocabulary.learnt(fields, [row["text"] for row in sample(documents, "train", fields.sample_bytes)])
     file = documents.workspace.put_bytes(vocabulary.FILE, text.encode())
     manifest = Manifest(stage="tokenizer", fingerprint=file.sha256[:16], files=(file,))
     metrics = vocabulary._measured(text, documents.ref, documents.workspace)

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from forge_ray.artifact import Artifact, Manifest, Workspace
+from forge_ray.artifact import Artifact, Manifest, Workspace, digest_bytes
 from forge_ray.config import EvaluateConfig, ModelConfig, TokenizeConfig, TokenizerConfig
 from forge_ray.data import shards
 from forge_ray.data import tokenizer as vocabulary
+from forge_ray.data.shards import ShardIndex, ShardInfo
 from forge_ray.evaluate import baselines, quality
 from forge_ray.evaluate.quality import generate, nats, windows
 from forge_ray.model.transformer import Transformer
@@ -141,12 +142,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
         texts = [" ".join(draw.choices(words, k=40)) + (" ü <|endoftext|>" if i % 5 == 0 else "") for i in range(count)]
         with workspace.new_file(f"{split}-00000.parquet") as build:
             names = [f"{split}{i}" for i in range(count)]
-            columns = {"id": names, "group": names, "source": names, "licence": names, "text": texts}
+            columns = {"id": names, "key": names, "group": names, "source": names, "licence": names, "text": texts}
             pq.write_table(pa.table(columns), build.stream)
         parts.append(build.entry)
     documents = publish("curate", parts)
     train = [row["text"] for row in vocabulary.sample(documents, "train", 1 << 30)]
-    text = vocabulary._learnt(TokenizerConfig(vocab_size=350), train)
+    text = vocabulary.learnt(TokenizerConfig(vocab_size=350), train)
     tokenizer = publish("tokenizer", [workspace.put_bytes("tokenizer.json", text.encode())])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "map_rows", plain)
@@ -217,6 +218,22 @@ def test_a_comparator_that_is_not_installed_is_named_and_the_others_are_scored(
     assert set(metrics["bits_per_byte"]) == {"model", "gzip"}
     assert "make smollm2" in metrics["skipped"]["smollm2"]
     assert "smollm2 is left out" in capsys.readouterr().err
+
+
+def test_bigrams_are_counted_in_a_fair_draw_of_bounded_size(
+    inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are read until there are enough tokens, none that is not counted, whichever source they stand for."""
+    rows = tuple(ShardInfo(f"train-{n:05d}.tok", digest_bytes(b"%d" % n), 20, 10, 1, "a") for n in range(9))
+    monkeypatch.setattr(baselines, "BIGRAM_TRAIN_TOKENS", 35)
+    chosen = quality.bigram_shards(ShardIndex(rows, 350, 0))
+    assert chosen == sorted(rows, key=lambda row: row.sha256)[:4]
+    assert chosen != list(rows[:4])
+    assert evaluated(inputs, monkeypatch)["bigram_train_tokens"] == 35
+    monkeypatch.setattr(baselines, "BIGRAM_TRAIN_TOKENS", 1 << 40)
+    every = sum(row.tokens for row in ShardIndex.of(inputs["tokenize"]).shards)
+    assert evaluated(inputs, monkeypatch)["bigram_train_tokens"] == every
+    assert quality.bigram_shards(ShardIndex(rows, 350, 0)) == sorted(rows, key=lambda row: row.sha256)
 
 
 def test_samples_are_the_same_on_every_run(inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
