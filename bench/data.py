@@ -91,8 +91,8 @@ QUICK = Size(documents=3000, file_documents=250, repeats=3, vocab_size=8192, par
 def real(wanted: int) -> list[str]:
     """Operations of services, in the order of their names' digests, as many as there are up to `wanted`."""
     from forge_ray.config import BotocoreSource, IngestConfig
-    from forge_ray.data import botocore_docs
-    from forge_ray.data.formats import Document
+    from forge_ray.data.reading import botocore_docs
+    from forge_ray.data.reading.formats import Document
 
     names = [row["name"] for row in botocore_docs.listing(BotocoreSource(kind="botocore"))]
     texts: list[str] = []

@@ -32,9 +32,9 @@ import pyarrow.parquet as pq
 
 from forge_ray.artifact import Workspace
 from forge_ray.config import BotocoreSource, CurateConfig, IngestConfig
-from forge_ray.data import botocore_docs
-from forge_ray.data.dedup import Part, across, features
-from forge_ray.data.documents import Document
+from forge_ray.data.curation.dedup import Part, across, features
+from forge_ray.data.reading import botocore_docs
+from forge_ray.data.reading.documents import Document
 
 ROOT = Path(__file__).parents[1]
 EDIT_RATES = (0.0, 0.01, 0.02, 0.05, 0.1)

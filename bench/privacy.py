@@ -17,7 +17,7 @@ Goals: recall of 0.98 for e-mail, IBAN, card, IP and secrets and 0.9 for telepho
     python bench/privacy.py --quick              a smaller set and 8 MB of real text, in seconds
     python bench/privacy.py --text FOLDER        real text from this folder too (.txt .rst .md and .gz of them)
     python bench/privacy.py --samples 40         prints finds in real text, and what was missed
-    python bench/privacy.py --write              also writes forge_ray/data/privacy.json, which the report states
+    python bench/privacy.py --write              also writes forge_ray/data/pii/privacy.json, which the report states
 """
 
 from __future__ import annotations
@@ -382,7 +382,7 @@ def botocore_texts(limit_bytes: int) -> list[str]:
     """Documents of the demo's corpus as ingest makes them, whole services in order of name."""
     from importlib import resources
 
-    from forge_ray.data import botocore_docs
+    from forge_ray.data.reading import botocore_docs
 
     texts, size = [], 0
     for folder in sorted((resources.files("botocore") / "data").iterdir(), key=lambda folder: folder.name):
@@ -444,7 +444,7 @@ def real(name: str, texts: list[str], find: Finder, samples: int) -> dict[str, f
 def main() -> None:
     """Prints the tables, and one JSON object as the last line."""
     from forge_ray.config.data import PrivacyConfig
-    from forge_ray.data.privacy import Scrubber
+    from forge_ray.data.pii.privacy import Scrubber
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
@@ -509,7 +509,7 @@ def report(
     if options.write:
         figures = {key: result[key] for key in ("ours", "versions", "seed")}
         figures["date"] = datetime.now(UTC).date().isoformat()
-        (ROOT / "forge_ray/data/privacy.json").write_text(json.dumps(figures, indent=1) + "\n")
+        (ROOT / "forge_ray/data/pii/privacy.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(result))
 
 

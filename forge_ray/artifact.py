@@ -7,7 +7,7 @@
            /memo/<stage>/<key>.json               what a piece of work gave; see `memo.py`
            /runs/<run id>/active                  there while the stage of that fingerprint runs; see `garbage.py`
            /refs/<name>                           a small movable name: the text "<stage>/<fingerprint>"
-           /erasures/<time>-<digest>.json         what was deleted on purpose, and why (data/erase.py)
+           /erasures/<time>-<digest>.json         what was deleted on purpose, and why (data/account/erase.py)
 ```
 
 Owns digests, publishing order, resolving and verifying, and refs; what is of no use any more is `garbage.py`'s. A

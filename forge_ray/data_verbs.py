@@ -14,9 +14,9 @@ from typing import Any
 from forge_ray import pipeline
 from forge_ray.artifact import Workspace
 from forge_ray.config import ForgeConfig
-from forge_ray.data import builds, erase, explain, forgetting, report_page
-from forge_ray.data import forget as tombstones
-from forge_ray.data import report as reports
+from forge_ray.data.account import builds, erase, explain, forgetting, report_page
+from forge_ray.data.account import forget as tombstones
+from forge_ray.data.account import report as reports
 from forge_ray.errors import ConfigError
 
 Told = tuple[dict[str, Any], str]

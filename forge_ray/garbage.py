@@ -1,7 +1,7 @@
 """What nothing in a workspace refers to any more, and deleting it.
 
 Owns which blobs are in use, which memories (`memo.py`) and leftovers of killed writers are of no use, and the grace
-that keeps what a running stage may still want. What is deleted on purpose is `data/erase.py`.
+that keeps what a running stage may still want. What is deleted on purpose is `data/account/erase.py`.
 """
 
 from __future__ import annotations

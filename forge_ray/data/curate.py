@@ -28,8 +28,10 @@ from typing import TYPE_CHECKING, Any
 
 from forge_ray.artifact import Artifact, FileEntry, Workspace
 from forge_ray.config import CurateConfig, FilesSource
-from forge_ray.data import clean, dedup, formats, ledger
+from forge_ray.data.account import ledger
+from forge_ray.data.curation import clean, dedup
 from forge_ray.data.ingest import PARTS, Part, by_origin, parts_of
+from forge_ray.data.reading import formats
 from forge_ray.errors import DataError
 from forge_ray.memo import Memo
 from forge_ray.runtime import map_rows
@@ -53,7 +55,7 @@ def observe(config: CurateConfig) -> dict[str, Any]:
         listings = [formats.listing(FilesSource(kind="files", uri=uri)) for uri in config.decontaminate.uris]
         found["evaluation"] = [[[row["key"], row["size"], row["state"]] for row in rows] for rows in listings]
     if config.privacy.enabled and config.privacy.name_model:
-        from forge_ray.data.privacy import model_state
+        from forge_ray.data.pii.privacy import model_state
 
         found["names"] = model_state(config.privacy.name_model)
     return found

@@ -27,8 +27,9 @@ from typing import Any
 
 from forge_ray.artifact import Artifact, FileEntry, Workspace, digest_bytes
 from forge_ray.config import BotocoreSource, IngestConfig, Source
-from forge_ray.data import forget, layout, ledger
-from forge_ray.data.formats import LARGE, SHORT, Document, Skipped
+from forge_ray.data import layout
+from forge_ray.data.account import forget, ledger
+from forge_ray.data.reading.formats import LARGE, SHORT, Document, Skipped
 from forge_ray.errors import DataError
 from forge_ray.memo import Memo
 from forge_ray.runtime import map_rows
@@ -175,7 +176,7 @@ class _Reader:
         self.config, self.workspace = config, workspace
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        from forge_ray.data import botocore_docs, formats
+        from forge_ray.data.reading import botocore_docs, formats
 
         reader = botocore_docs if row["botocore"] else formats
         parts: list[dict[str, Any]] = []

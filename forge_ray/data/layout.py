@@ -19,7 +19,7 @@ from typing import Any
 
 from forge_ray.artifact import FileEntry, Workspace, digest_bytes
 from forge_ray.config import BotocoreSource, IngestConfig, Source
-from forge_ray.data import botocore_docs, formats
+from forge_ray.data.reading import botocore_docs, formats
 from forge_ray.errors import ArtifactError
 
 FILE = "layout.parquet"

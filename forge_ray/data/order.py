@@ -33,8 +33,8 @@ from functools import lru_cache
 import numpy as np
 
 from forge_ray.config import MixtureConfig
+from forge_ray.data.curation.text import finalise
 from forge_ray.data.shards import ShardIndex
-from forge_ray.data.text import finalise
 from forge_ray.errors import ConfigError, DataError
 
 _WEIGHT_STEPS = 1 << 40

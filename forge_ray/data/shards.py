@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any
 
 from forge_ray.artifact import Artifact, FileEntry, Workspace, digest_bytes
 from forge_ray.config import TokenizeConfig
-from forge_ray.data import ledger
-from forge_ray.data.text import slices
+from forge_ray.data.account import ledger
+from forge_ray.data.curation.text import slices
 from forge_ray.errors import CorruptError, NotFoundError
 from forge_ray.memo import Memo
 from forge_ray.runtime import map_rows

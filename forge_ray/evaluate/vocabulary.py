@@ -22,7 +22,7 @@ from forge_ray.artifact import Artifact, FileEntry, Workspace, digest_bytes
 from forge_ray.config import ForgeConfig, PretrainConfig, SweepConfig
 from forge_ray.data import layout
 from forge_ray.data import tokenizer as vocabulary
-from forge_ray.data.formats import Document
+from forge_ray.data.reading.formats import Document
 from forge_ray.data.sample import Draw, candidates, merged, sample
 from forge_ray.errors import DataError
 from forge_ray.evaluate import general_tokenizers, recommendation, vocabulary_page

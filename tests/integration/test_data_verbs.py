@@ -38,7 +38,7 @@ def good(done: Finished) -> Finished:
 def said() -> str:
     """What the document says in its source."""
     from forge_ray.config import IngestConfig
-    from forge_ray.data import botocore_docs
+    from forge_ray.data.reading import botocore_docs
 
     unit = {"kind": "botocore", "services": ["sns"]}
     documents = botocore_docs.read(unit, IngestConfig())

@@ -18,9 +18,9 @@ from datasketch import MinHash, MinHashLSH
 
 from forge_ray.artifact import Workspace
 from forge_ray.config import CurateConfig, NearConfig, RayConfig
-from forge_ray.data import near
-from forge_ray.data.dedup import Part, across, features
-from forge_ray.data.text import Texts
+from forge_ray.data.curation import near
+from forge_ray.data.curation.dedup import Part, across, features
+from forge_ray.data.curation.text import Texts
 from forge_ray.runtime import cluster
 
 DOCUMENTS = 2500

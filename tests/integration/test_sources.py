@@ -21,8 +21,8 @@ import pytest
 
 from forge_ray import retry
 from forge_ray.config import FilesSource, IngestConfig
-from forge_ray.data import formats, sources
-from forge_ray.data.formats import Document, Skipped
+from forge_ray.data.reading import formats, sources
+from forge_ray.data.reading.formats import Document, Skipped
 from forge_ray.storage import Storage
 from tests.integration.stores import ELSEWHERE, SERVERS, Faults, Server, make_bucket
 

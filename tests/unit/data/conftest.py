@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from forge_ray.artifact import Artifact, Manifest, Workspace
-from forge_ray.data import contamination, curate, dedup, ingest, shards
+from forge_ray.data import curate, ingest, shards
+from forge_ray.data.curation import contamination, dedup
 from forge_ray.memo import Memo
 
 Rows = list[dict[str, str]]

@@ -24,7 +24,8 @@ import yaml
 from forge_ray import pipeline, runtime
 from forge_ray.artifact import Artifact, Workspace
 from forge_ray.config import ForgeConfig
-from forge_ray.data import curate, dedup, ingest, shards, tokenizer  # noqa: F401  (their `map_rows` is replaced)
+from forge_ray.data import curate, ingest, shards, tokenizer  # noqa: F401  (their `map_rows` is replaced)
+from forge_ray.data.curation import dedup  # noqa: F401  (their `map_rows` is replaced)
 from forge_ray.data.shards import Shard
 
 MAIL = "jane.roe@corp-mail.com"

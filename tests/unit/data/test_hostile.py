@@ -23,8 +23,8 @@ import pytest
 import zstandard
 
 from forge_ray.config import FilesSource, IngestConfig
-from forge_ray.data import formats, parsers, records, sandbox, unpack
-from forge_ray.data.formats import LARGE, Document
+from forge_ray.data.reading import formats, parsers, records, sandbox, unpack
+from forge_ray.data.reading.formats import LARGE, Document
 
 GIB, MIB = 1 << 30, 1 << 20
 AFTER = '{"text": "after"}'
@@ -33,8 +33,8 @@ AFTER = '{"text": "after"}'
 _READER = """
 import json, resource, sys
 from forge_ray.config import FilesSource, IngestConfig
-from forge_ray.data import formats, sandbox, unpack
-from forge_ray.data.formats import Document
+from forge_ray.data.reading import formats, sandbox, unpack
+from forge_ray.data.reading.formats import Document
 unpack.FREE_BYTES = 8 << 20
 source = FilesSource(kind="files", uri=sys.argv[1])
 config = IngestConfig(max_document_bytes=1 << 20)

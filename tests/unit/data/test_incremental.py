@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from forge_ray.artifact import Artifact
-from forge_ray.data import clean, ingest, ledger, shards
+from forge_ray.data import ingest, shards
+from forge_ray.data.account import ledger
+from forge_ray.data.curation import clean
 from tests.unit.data.small_job import Job, in_one_process, text
 
 

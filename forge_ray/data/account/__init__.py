@@ -1,0 +1,1 @@
+"""What became of every document: the ledger, its questions, and forgetting."""

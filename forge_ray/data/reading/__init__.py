@@ -1,0 +1,1 @@
+"""Documents out of stores, formats and archives that nobody vouches for."""
