@@ -387,6 +387,7 @@ def clean_environment() -> dict[str, str]:
 
 def make_bucket(server: Server, name: str) -> str:
     """Makes a bucket or container, with the client that its users have, and returns its URI."""
+    _forget_clients()
     script = {
         "s3": "import fsspec; fsspec.filesystem('s3').mkdir(name)",
         "gs": "import gcsfs.core; gcsfs.core.GCSFileSystem(project='forge-test', token='anon').mkdir(name)",
@@ -397,3 +398,13 @@ def make_bucket(server: Server, name: str) -> str:
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return f"{server.scheme}://{name}"
+
+
+def _forget_clients() -> None:
+    """fsspec gives the client of an earlier server again, which keeps that server's address and keys."""
+    from adlfs import AzureBlobFileSystem
+    from gcsfs.core import GCSFileSystem
+    from s3fs import S3FileSystem
+
+    for client in (S3FileSystem, GCSFileSystem, AzureBlobFileSystem):
+        client.clear_instance_cache()
