@@ -237,12 +237,12 @@ def server(s3: Place) -> Server:
     return s3.server
 
 
-def test_a_store_killed_in_each_step_and_back_within_the_budget_is_waited_for(
+def test_a_store_killed_again_and_again_and_back_within_the_budget_is_waited_for(
     s3: Place, quiet: Finished, server: Server
 ) -> None:
     driver = _started(s3, s3.forge("waited"))
     try:
-        for moment in MOMENTS:
+        for moment in MOMENTS[::2]:  # in each step: the next test
             _wait_for(server, driver, "waited", moment)
             server.kill()
             time.sleep(DOWN_S)
