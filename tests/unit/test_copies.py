@@ -144,7 +144,8 @@ def test_processes_fetch_a_blob_once_and_none_loses_what_it_reads(
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    make().hold(entries[0], "x")
+    # What was beyond the bound while all of it was read goes with the next fetch.
+    make().hold(next(entry for entry in entries if entry.sha256 not in names(make())), "x")
     assert len(names(make())) <= 3
 
     shutil.rmtree(tmp_path / "copies")
