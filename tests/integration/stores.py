@@ -24,6 +24,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -33,6 +34,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
+
+import pytest
 
 KEY, SECRET, ACCOUNT = "forge-test", "forge-test-secret", "forgetest"
 ACCOUNT_KEY = base64.b64encode(b"forge-test-secret" * 3).decode()
@@ -398,6 +401,29 @@ def make_bucket(server: Server, name: str) -> str:
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return f"{server.scheme}://{name}"
+
+
+@contextlib.contextmanager
+def running(scheme: str, bucket: str) -> Iterator[tuple[Server, str]]:
+    """A store of its own while the block lasts, and the URI of a bucket in it; skips the test where it is missing."""
+    folder = Path(tempfile.mkdtemp(prefix="fs-", dir="/tmp"))
+    try:
+        started = SERVERS[scheme](folder)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    try:
+        started.start()
+        yield started, make_bucket(started, bucket)
+    finally:
+        started.stop()
+
+
+def reach(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment leads to this store and to no other."""
+    for name in [name for name in os.environ if name.upper().startswith(ELSEWHERE)]:
+        monkeypatch.delenv(name)
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
 
 
 def _forget_clients() -> None:

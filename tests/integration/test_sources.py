@@ -5,15 +5,12 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import random
-import tempfile
 import threading
 import time
 import uuid
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,7 +21,7 @@ from forge_ray.config import FilesSource, IngestConfig
 from forge_ray.data.reading import formats, sources
 from forge_ray.data.reading.formats import Document, Skipped
 from forge_ray.storage import Storage
-from tests.integration.stores import ELSEWHERE, SERVERS, Faults, Server, make_bucket
+from tests.integration.stores import SERVERS, Faults, Server, reach, running
 
 pytestmark = pytest.mark.integration
 
@@ -32,25 +29,14 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(scope="module", params=list(SERVERS))
 def server(request: pytest.FixtureRequest) -> Iterator[tuple[Server, str]]:
     """A running store of each kind, and the URI of its bucket."""
-    folder = Path(tempfile.mkdtemp(prefix="fs-", dir="/tmp"))
-    try:
-        started = SERVERS[request.param](folder)
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    try:
-        started.start()
-        yield started, make_bucket(started, "forge-sources")
-    finally:
-        started.stop()
+    with running(request.param, "forge-sources") as found:
+        yield found
 
 
 @pytest.fixture
 def corpus(server: tuple[Server, str], monkeypatch: pytest.MonkeyPatch) -> FilesSource:
     """Small files, records and an archive in a folder of the store."""
-    for name in [name for name in os.environ if name.upper().startswith(ELSEWHERE)]:
-        monkeypatch.delenv(name)
-    for name, value in server[0].environment.items():
-        monkeypatch.setenv(name, value)
+    reach(server[0], monkeypatch)
     store = Storage(f"{server[1]}/{uuid.uuid4().hex}")
     draw = random.Random(1)
     texts = [f"{i} " + draw.randbytes(600).hex() for i in range(4000)]

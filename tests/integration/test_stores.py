@@ -9,7 +9,6 @@ import pickle
 import random
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -23,7 +22,16 @@ from forge_ray.artifact import Manifest, Workspace
 from forge_ray.doctor import _store
 from forge_ray.errors import ArtifactError, CorruptError, NotFoundError, StorageError
 from forge_ray.storage import Storage
-from tests.integration.stores import ELSEWHERE, SERVERS, Faults, Server, clean_environment, free_ports, make_bucket
+from tests.integration.stores import (
+    ELSEWHERE,
+    SERVERS,
+    Faults,
+    Server,
+    clean_environment,
+    free_ports,
+    reach,
+    running,
+)
 
 ROOT = Path(__file__).parents[2]
 BIG_BYTES = (40 << 20) + 12_345  # three parts, the last one short
@@ -61,25 +69,14 @@ for child in children:
 @pytest.fixture(scope="session", params=list(SERVERS))
 def server(request: pytest.FixtureRequest) -> Iterator[tuple[Server, str]]:
     """A running store of each kind, and the URI of its bucket."""
-    folder = Path(tempfile.mkdtemp(prefix="fs-", dir="/tmp"))
-    try:
-        started = SERVERS[request.param](folder)
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    try:
-        started.start()
-        yield started, make_bucket(started, "forge-test")
-    finally:
-        started.stop()
+    with running(request.param, "forge-test") as found:
+        yield found
 
 
 @pytest.fixture
 def store(server: tuple[Server, str], monkeypatch: pytest.MonkeyPatch) -> Storage:
     """An empty root on it."""
-    for name in [name for name in os.environ if name.upper().startswith(ELSEWHERE)]:
-        monkeypatch.delenv(name)
-    for name, value in server[0].environment.items():
-        monkeypatch.setenv(name, value)
+    reach(server[0], monkeypatch)
     return Storage(f"{server[1]}/{uuid.uuid4().hex}")
 
 

@@ -16,7 +16,7 @@ import pytest
 from forge_ray.artifact import Artifact, Manifest, Workspace
 from forge_ray.data import curate, ingest, shards
 from forge_ray.data.curation import contamination, dedup
-from forge_ray.memo import Memo
+from tests.unit.data.small_job import map_rows_here
 
 Rows = list[dict[str, str]]
 Task = Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -31,19 +31,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stages' tasks run here, one after the other."""
 
-    def map_rows(name: str, task: Task, rows: list[dict[str, Any]], memo: Memo | None = None) -> list[dict[str, Any]]:
-        results: list[dict[str, Any]] = []
-        for row in rows:
-            found = memo.get(row) if memo else None
-            if found is None:
-                found = task(row)
-                if memo:
-                    memo.put(row, found)
-            results += found
-        return results
-
     for module in (contamination, curate, dedup, ingest, shards):
-        monkeypatch.setattr(module, "map_rows", map_rows)
+        monkeypatch.setattr(module, "map_rows", map_rows_here)
 
 
 @pytest.fixture

@@ -142,10 +142,13 @@ def in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "cluster", lambda config: contextlib.nullcontext())
     for name, module in list(sys.modules.items()):
         if name.startswith("forge_ray.data.") and getattr(module, "map_rows", None) is runtime.map_rows:
-            monkeypatch.setattr(module, "map_rows", _loop)
+            monkeypatch.setattr(module, "map_rows", map_rows_here)
 
 
-def _loop(name: str, task: Callable[[dict[str, Any]], Any], rows: Any, memo: Any = None) -> list[dict[str, Any]]:
+def map_rows_here(
+    name: str, task: Callable[[dict[str, Any]], Any], rows: Any, memo: Any = None
+) -> list[dict[str, Any]]:
+    """`runtime.map_rows` in this process: a loop with its memory."""
     results: list[dict[str, Any]] = []
     for row in rows:
         found = memo.get(row) if memo else None

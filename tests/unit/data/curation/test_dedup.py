@@ -22,7 +22,7 @@ from forge_ray.data.curation import contamination, dedup
 from forge_ray.data.curation.dedup import Part, across, features
 from forge_ray.data.curation.spill import read_columns, write_columns
 from forge_ray.errors import DataError
-from forge_ray.memo import Memo
+from tests.unit.data.small_job import map_rows_here
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,8 @@ def config_of(*steps: str, spill_bytes: int = 256 << 20, **more: Any) -> CurateC
 def _tasks_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tasks run in this process; what goes to one and comes back is what Ray would carry."""
 
-    def map_rows(name: str, task: Any, rows: list[dict[str, Any]], memo: Memo | None = None) -> list[dict[str, Any]]:
-        results: list[dict[str, Any]] = []
-        for row in rows:
-            found = memo.get(row) if memo else None
-            if found is None:
-                found = task(row)
-                if memo:
-                    memo.put(row, found)
-            results += found
-        return results
-
     for module in (dedup, contamination):
-        monkeypatch.setattr(module, "map_rows", map_rows)
+        monkeypatch.setattr(module, "map_rows", map_rows_here)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # thousands of small blobs, none of which must last
 
 

@@ -24,6 +24,7 @@ from forge_ray.config import FilesSource, IngestConfig
 from forge_ray.data.reading import formats, sandbox
 from forge_ray.data.reading.documents import format_of, moment
 from forge_ray.data.reading.formats import Document, Skipped, html_text
+from tests.unit.data.test_hostile import pdf_of
 
 Put = Callable[[str, bytes], None]
 
@@ -198,26 +199,6 @@ def csv_of(rows: list[list[str]]) -> bytes:
     sink = io.StringIO()
     csv.writer(sink).writerows(rows)
     return sink.getvalue().encode()
-
-
-def pdf_of(stream: bytes, flate: bool = False) -> bytes:
-    """A page with this content stream."""
-    how = b"/Filter /FlateDecode " if flate else b""
-    objects = [
-        b"<< /Type /Catalog /Pages 2 0 R >>",
-        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
-        b"/Resources << /Font << /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >> >>",
-        b"<< %s/Length %d >>\nstream\n%s\nendstream" % (how, len(stream), stream),
-        b"<< /CreationDate (D:20240131120000+01'00') >>",
-    ]
-    out, places = bytearray(b"%PDF-1.4\n"), []
-    for number, body in enumerate(objects, start=1):
-        places.append(len(out))
-        out += b"%d 0 obj\n%s\nendobj\n" % (number, body)
-    table = len(out)
-    out += b"xref\n0 6\n0000000000 65535 f \n" + b"".join(b"%010d 00000 n \n" % place for place in places)
-    return bytes(out + b"trailer\n<< /Size 6 /Root 1 0 R /Info 5 0 R >>\nstartxref\n%d\n%%%%EOF" % table)
 
 
 def docx_of() -> bytes:
