@@ -60,6 +60,8 @@ def _guarded(words: list[str]) -> int:
         if not parsed.verb or "--help" in parsed.switches:
             _tell(verb_usage(parsed.verb) if parsed.verb else usage(), sys.stdout)
             return 0
+        if "--supervise" in parsed.switches:
+            return _supervise(parsed)
         # Libraries print where they please (Ray does, on stdout, when Serve ends): stdout belongs to the result alone.
         with redirect_stdout(sys.stderr):
             return VERBS[parsed.verb](parsed)
@@ -77,6 +79,13 @@ def _guarded(words: list[str]) -> int:
         traceback.print_exc()
         print("error: this is a defect in forge-ray; please report it with the lines above", file=sys.stderr)
         return 1
+
+
+def _supervise(words: Words) -> int:
+    from forge_ray import supervise
+
+    same = [word for word in sys.orig_argv[1:] if word != "--supervise"]
+    return supervise.run([sys.executable, *same], one_result="--json" in words.switches)
 
 
 # ------------------------------------------------------------------------------------------------------------- verbs

@@ -11,6 +11,7 @@ ForgeError
 │   └── CorruptError     bytes do not match their SHA-256
 ├── DataError            the corpus is empty, unreadable or too small for what is asked  exit 5
 ├── TrainError           training cannot start or go on                                exit 6
+│   └── LostError          Ray or its nodes failed under it: the same command goes on     exit 9
 ├── ExportError          the exported folder does not reproduce the model              exit 7
 └── ServeError           the endpoint cannot start or answer                           exit 8
 ```
@@ -45,8 +46,19 @@ class ForgeError(Exception):
         """The same facts for `--json`."""
         return {"error": type(self).__name__, "what": self.what, **dict(self._details()), "exit_code": self.exit_code}
 
+    @staticmethod
+    def from_dict(facts: dict[str, str | int | None]) -> ForgeError:
+        """The error that `as_dict` described; one of an unknown kind is a plain `ForgeError`."""
+        kinds = {kind.__name__: kind for kind in _tree(ForgeError)}
+        kind = kinds.get(str(facts["error"]), ForgeError)
+        return kind(str(facts["what"]), got=facts["got"], wanted=facts["wanted"], do=facts["do"])  # type: ignore[arg-type]
+
     def _details(self) -> list[tuple[str, str | None]]:
         return [("got", self.got), ("wanted", self.wanted), ("do", self.do)]
+
+
+def _tree(kind: type[ForgeError]) -> list[type[ForgeError]]:
+    return [kind, *(below for child in kind.__subclasses__() for below in _tree(child))]
 
 
 def _rebuild(kind: type[ForgeError], what: str, got: str | None, wanted: str | None, do: str | None) -> ForgeError:
@@ -97,6 +109,12 @@ class TrainError(ForgeError):
     """Training cannot start or cannot go on."""
 
     exit_code = 6
+
+
+class LostError(TrainError):
+    """Ray, its head or its nodes failed under the training, not the training itself; `--supervise` starts it again."""
+
+    exit_code = 9
 
 
 class ExportError(ForgeError):

@@ -6,8 +6,10 @@ Owns how records are kept on stores that cannot append. Does not own what they s
 from __future__ import annotations
 
 import json
+import threading
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from forge_ray.storage import Storage
@@ -24,23 +26,30 @@ class Events:
 
     def __init__(self, storage: Storage, run_id: str) -> None:
         self._storage, self._folder = storage, f"runs/{run_id}/events"
-        self._rows: list[str] = []
+        self._changing, self._flushing = threading.Lock(), threading.Lock()
         self._next_segment()
 
-    def _next_segment(self) -> None:
+    def _next_segment(self, rows: Sequence[str] = ()) -> None:
         self._name = f"{self._folder}/{time.time_ns()}-{uuid.uuid4().hex[:8]}.jsonl"
-        self._rows = []
+        self._rows, self._published = list(rows), 0
 
     def add(self, kind: str, **fields: Any) -> None:
-        """Keeps a record; `flush` publishes it."""
-        self._rows.append(json.dumps({"time_s": round(time.time(), 3), "event": kind, **fields}))
+        """Keeps a record; `flush` publishes it. From any thread."""
+        row = json.dumps({"time_s": round(time.time(), 3), "event": kind, **fields})
+        with self._changing:
+            self._rows.append(row)
 
     def flush(self) -> None:
-        """Publishes what was added."""
-        if self._rows:
-            self._storage.write(self._name, ("\n".join(self._rows) + "\n").encode())
-        if len(self._rows) >= self.SEGMENT_RECORDS:
-            self._next_segment()
+        """Publishes what was added. From any thread."""
+        with self._flushing:
+            with self._changing:
+                rows, name = list(self._rows), self._name
+            if len(rows) > self._published:
+                self._storage.write(name, ("\n".join(rows) + "\n").encode())
+                self._published = len(rows)
+            if len(rows) >= self.SEGMENT_RECORDS:
+                with self._changing:
+                    self._next_segment(self._rows[len(rows) :])
 
     @staticmethod
     def read(storage: Storage, run_id: str) -> list[dict[str, Any]]:

@@ -32,9 +32,12 @@ OTHER_VERBS = {
 }
 _USAGE_OF = {"run": OTHER_VERBS["run"], **STAGE_VERBS, **OTHER_VERBS}
 SWITCHES = ("--dry-run", "--json", "--help", "--version")
-OWN_SWITCHES = {"data": ("--duplicates", "--erase")}
+OWN_SWITCHES = {"pretrain": ("--supervise",), "run": ("--supervise",), "data": ("--duplicates", "--erase")}
 _OF_A_JOB = "[JOB.yaml ...] [--section.field VALUE ...] [--dry-run] [--json]"
+_SUPERVISED = f"{_OF_A_JOB} [--supervise]"
 _USAGES = {
+    "pretrain": _SUPERVISED,
+    "run": _SUPERVISED,
     "tokenizer": "[sweep] [JOB.yaml ...] [--section.field VALUE ...] [--dry-run] [--json]",
     "serve": "JOB.yaml ... | REF [--section.field VALUE ...] [--dry-run] [--json]",
     "show": "[JOB.yaml ...] [REF] [--workspace URI] [--json]",
@@ -45,11 +48,15 @@ _USAGES = {
     "config": "[SECTION ...] [--json]",
     "doctor": "[JOB.yaml ...] [--section.field VALUE ...] [--json]",
 }
+_SUPERVISE = """--supervise starts it again, without a person, when it was killed or lost a store, Ray or a node.
+What starts the supervisor again after a reboot is a systemd unit (Restart=on-failure) or a Kubernetes Job."""
 _NOTES = {
+    "pretrain": _SUPERVISE,
+    "run": _SUPERVISE,
     "data": """DOC is a document's id, its beginning, its key or its source. Without JOB.yaml the latest build counts.
 report prints a summary and writes one page (./data-report.html); what it shows has passed the finders of private data.
 forget writes tombstones: the next build leaves these documents out. --duplicates takes those that say the same too.
---erase, with JOB.yaml, makes that build now, deletes every file that holds them, and puts it on record."""
+--erase, with JOB.yaml, makes that build now, deletes every file that holds them, and puts it on record.""",
 }
 # What `forge VERB --help` lists; a stage that is not here has one section, of its own name.
 _SECTIONS = {

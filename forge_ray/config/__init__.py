@@ -35,6 +35,7 @@ from forge_ray.config.data import (
     TokenizeConfig,
     TokenizerConfig,
 )
+from forge_ray.config.guard import GuardConfig
 from forge_ray.config.train import (
     AdamWConfig,
     EvaluateConfig,
@@ -57,6 +58,7 @@ __all__ = [
     "FilesSource",
     "ForgeConfig",
     "Fraction",
+    "GuardConfig",
     "HttpSource",
     "IngestConfig",
     "LanguageConfig",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from forge_ray.config.base import OPERATIONAL, Fraction, Positive, Section
+from forge_ray.config.guard import GuardConfig
 
 
 class ModelConfig(Section):
@@ -111,6 +112,11 @@ class PretrainConfig(Section):
     """Compute precision; weights stay fp32. `auto` takes bf16 where the CPU or GPU computes it natively."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides initial weights and the order of samples."""
+    reduction: Literal["exact", "fast"] = "exact"
+    """`exact` adds the slots' gradients in one fixed order, so that the weights' bits do not depend on how many workers
+    there were, or on which of them died when; `fast` lets the communication library choose the order."""
+    guard: Annotated[GuardConfig, OPERATIONAL] = GuardConfig()
+    """What is done about steps whose loss or gradient makes no sense."""
     mixture: MixtureConfig = MixtureConfig()
     """Weights or epochs by source."""
     window_bytes: Positive = 64 << 20
@@ -130,8 +136,24 @@ class PretrainConfig(Section):
     """GPUs that Ray reserves for a worker."""
     max_failures: Annotated[int, Field(ge=-1), OPERATIONAL] = 100
     """Worker-group failures survived before the run gives up; -1 for no limit."""
+    sharding: Annotated[Literal["replicated", "fsdp"], OPERATIONAL] = "replicated"
+    """`replicated` keeps the whole state on every worker; `fsdp` a part of it on each (FSDP2), for models that do not
+    fit, with `reduction: fast`."""
+    orphan_s: Annotated[float, Field(ge=0.0), OPERATIONAL] = 120.0
+    """How long workers train on when the driver, the head or Ray is gone, waiting to be adopted by the next driver."""
+    hang_s: Annotated[float, Field(gt=0.0), OPERATIONAL] = 45.0
+    """A worker that shows no progress for this long while others wait for it is replaced, its stacks on record."""
+    digest_every_steps: Annotated[Positive, OPERATIONAL] = 100
+    """Steps between comparisons of the workers' state, which must be the same bits on all of them."""
+    preemption: Annotated[Literal["auto", "off", "aws", "gcp", "azure"], OPERATIONAL] = "auto"
+    """Whose notices of preemption a node listens for; `auto` finds out which cloud it is on."""
+    usd_per_node_hour: Annotated[float, Field(ge=0.0), OPERATIONAL] = 0.0
+    """Price of a node, for the run's ledger."""
     checkpoint_every_s: Annotated[float, Field(gt=0.0), OPERATIONAL] = 20.0
-    """Seconds between checkpoints; a killed run repeats at most this much work."""
+    """Seconds between checkpoints in the workspace; a run that loses all its workers at once repeats at most this much,
+    and less where a worker's own disk holds a newer one."""
+    disk_every_s: Annotated[float, Field(gt=0.0), OPERATIONAL] = 5.0
+    """Seconds between checkpoints on a worker's own disk, where the workspace is an object store."""
     checkpoints_kept: Annotated[Positive, OPERATIONAL] = 3
     """Newest checkpoints that stay; older ones are deleted."""
 
@@ -143,6 +165,8 @@ class PretrainConfig(Section):
             raise ValueError(f"min_workers {self.min_workers} is more than max_workers {self.max_workers}")
         if self.max_workers > self.slots:
             raise ValueError(f"max_workers {self.max_workers} is more than slots {self.slots}: some would have no work")
+        if self.sharding == "fsdp" and self.reduction == "exact":
+            raise ValueError("sharding fsdp wants reduction fast: reduce-scatter chooses its own order of the sum")
         if self.warmup_frac + self.decay_frac > 1.0:
             raise ValueError("warmup_frac + decay_frac is more than 1")
         return self

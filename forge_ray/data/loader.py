@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from forge_ray.data.cache import LocalShards, Opened, Place, ShardCache
 from forge_ray.data.order import Order
 from forge_ray.data.shards import ShardIndex
 from forge_ray.errors import ConfigError, CorruptError, ForgeError
+
+if TYPE_CHECKING:
+    import pyarrow as pa  # a forking process must not import it: it starts a thread
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _JOIN_S = 5.0
@@ -97,6 +101,11 @@ class ShardReader:
             # Slicing a plain array takes 0.2 microseconds, a memmap 5 (2026-11).
             tokens = self._tokens[number] = opened.shard.tokens.view(np.ndarray)
         return tokens
+
+    def table(self, number: int) -> pa.Table:
+        """A shard's documents; see `Shard.table`."""
+        self.tokens(number)
+        return self._opened[number].shard.table()
 
     def focus(self, current: Sequence[int], ahead: Sequence[int]) -> None:
         """Says what is read now and what comes next, in order: the rest is let go, this is made ready meanwhile."""

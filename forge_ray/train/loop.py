@@ -1,7 +1,7 @@
 """The training loop: one step is forward and backward over the worker's slots, one sum over workers, one update.
 
-Owns the order of things within a step and when a checkpoint is due. Knows nothing of Ray: a worker is (rank, world
-size) and an initialised process group, so the same loop runs in a test, under Ray Train, or in a process of its own.
+Owns the order of things within a step. Knows nothing of Ray, of processes or of who is in the group: a `Team` says
+with whom a step is computed, and a step that the group's loss interrupts is taken up again where it was.
 """
 
 from __future__ import annotations
@@ -9,24 +9,33 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from forge_ray.config import PretrainConfig
 from forge_ray.data.loader import SlotLoader
-from forge_ray.errors import TrainError
 from forge_ray.model.transformer import Transformer, document_mask
+from forge_ray.train import slots
+from forge_ray.train.group import Group, GroupLost
+from forge_ray.train.guardian import Guardian, Verdict
 from forge_ray.train.loss import mean_loss
 from forge_ray.train.optimizer import Optimizer, rate_frac
-from forge_ray.train.slots import FlatGradients, owned
+from forge_ray.train.slots import Assignment, SlotSums
+from forge_ray.train.state import FlatState
+
+LOSS, AGREED, NUM_SCALARS = 0, 1, 2  # scalars that are summed with the gradients
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One finished step. Loss in nats per token; tokens of the global batch; rate as a share of the peak; `data_s` is
-    the part of `wall_s` in which this worker got its samples."""
+    """One finished step. Loss in nats per token; tokens of the global batch; rate as a share of the peak.
+
+    `wall_s` is the whole step on this worker. Parts of it: `data_s` getting samples, `reduce_s` the sum over workers
+    with the wait for the slowest, `stall_s` forming groups, `recomputed_s` slots of workers that were lost.
+    """
 
     step: int
     loss: float
@@ -36,6 +45,11 @@ class StepRecord:
     wall_s: float
     world_size: int
     data_s: float
+    reduce_s: float
+    stall_s: float
+    recomputed_s: float
+    generation: int
+    position: int
 
     def as_dict(self) -> dict[str, float | int]:
         """For an event."""
@@ -43,8 +57,23 @@ class StepRecord:
 
 
 @dataclass
+class Clock:
+    """Seconds of the step under way, by what they went to."""
+
+    began_s: float = field(default_factory=time.monotonic)
+    data_s: float = 0.0
+    reduce_s: float = 0.0
+    stall_s: float = 0.0
+    recomputed_s: float = 0.0
+    lost: bool = False
+
+
+@dataclass
 class Worker:
-    """What a worker holds between steps: everything that a checkpoint holds, and what it needs to compute."""
+    """What a worker holds between steps: everything that a checkpoint holds, and what it needs to compute.
+
+    `step` counts finished steps; it is negative while there is no state yet.
+    """
 
     config: PretrainConfig
     model: Transformer
@@ -52,59 +81,140 @@ class Worker:
     loader: SlotLoader
     end_token: int
     bf16: bool
-    rank: int = 0
-    world_size: int = 1
-    step: int = 0
+    guardian: Guardian
+    step: int = -1
 
     def __post_init__(self) -> None:
-        # Scalars summed with the gradients: the loss, and how many workers want a checkpoint now.
-        self.gradients = FlatGradients(self.model, num_scalars=2)
+        self.state = FlatState(self.model, self.optimizer)
+        self.sums = SlotSums(self.model, NUM_SCALARS, exact=self.config.reduction == "exact")
+        self.clock = Clock()
+
+    @property
+    def position(self) -> int:
+        """Which batch of the training order the step under way reads."""
+        return self.guardian.position(self.step)
+
+    def extra(self) -> dict[str, Any]:
+        """What belongs to the state beside its tensors."""
+        return {"step": self.step, "guardian": self.guardian.state()}
+
+    def take(self, extra: dict[str, Any]) -> None:
+        """Takes over `extra` of another worker or a checkpoint, whose tensors are here already."""
+        self.step = extra["step"]
+        self.guardian.load(extra["guardian"])
+        self.sums.clear()
 
 
-def fit(worker: Worker, *, checkpoint_due: Callable[[], bool], on_step: Callable[[StepRecord, bool], None]) -> None:
+class Team(Protocol):
+    """With whom a worker computes."""
+
+    group: Group
+    generation: int
+    rank: int
+
+    def settle(self, worker: Worker) -> Assignment:
+        """Forms the next group if one is due, with the same state on all members; says who computes what now."""
+
+    def wishes(self) -> bool:
+        """Whether this worker has been told of a group to form at the next boundary."""
+
+    def agreed(self) -> None:
+        """All workers have been told of it."""
+
+    def lost(self, error: GroupLost) -> None:
+        """The group is gone."""
+
+    def progress(self, phase: str) -> None:
+        """What this worker does from now on."""
+
+    def go_back(self, worker: Worker, verdict: Verdict) -> None:
+        """Takes an earlier checkpoint on all workers, and leaves out batches."""
+
+
+def fit(
+    worker: Worker, team: Team, on_step: Callable[[StepRecord], None], on_verdict: Callable[[Verdict], None]
+) -> None:
     """Trains up to `config.steps`.
 
     Args:
-        worker: State after `worker.step` finished steps; changed in place.
-        checkpoint_due: Asked on rank 0 before each step; the answer reaches every worker with the gradients.
-        on_step: Called on every worker after each step with the record and whether all of them save now.
+        worker: Changed in place.
+        team: Says with whom.
+        on_step: Called on every worker after each step.
+        on_verdict: Called on every worker when the guardian does not let a step pass.
 
     Raises:
-        TrainError: The loss or the gradient is not finite.
+        TrainError: The guardian stops the run.
     """
+    worker.clock = Clock()
     while worker.step < worker.config.steps:
-        last = worker.step + 1 == worker.config.steps
-        record, due = step(worker, checkpoint_due() if worker.rank == 0 else False)
-        on_step(record, due or last)
+        try:
+            assignment = team.settle(worker)
+            if worker.step >= worker.config.steps:  # peers were ahead
+                return
+            verdict, record = step(worker, team, assignment)
+            if verdict.reason:
+                on_verdict(verdict)
+            if verdict.action == "apply":
+                on_step(record)
+            elif verdict.action == "rollback":
+                team.go_back(worker, verdict)
+            else:
+                worker.guardian.commit(verdict)
+            worker.clock = Clock()
+        except GroupLost as error:
+            worker.clock.lost = True
+            team.lost(error)
 
 
-def step(worker: Worker, wants_checkpoint: bool) -> tuple[StepRecord, bool]:
-    """One step: gradients of the owned slots, their sum over workers, the update; it commits on all or on none."""
-    began = time.monotonic()
-    config, gradients = worker.config, worker.gradients
-    gradients.clear()
-    data_s = 0.0
-    for slot in owned(worker.rank, worker.world_size, config.slots):
-        asked = time.monotonic()
-        samples = torch.from_numpy(worker.loader.slot(worker.step, slot))
-        data_s += time.monotonic() - asked
-        gradients.scalars[0] += backward(worker, samples)
-    gradients.scalars[1] = float(wants_checkpoint)
-    gradients.sum_over_workers()
-    loss, norm = float(gradients.scalars[0]), gradients.clip(config.grad_clip)
-    if not torch.isfinite(torch.tensor([loss, norm])).all():
-        raise TrainError(
-            "the loss is not finite",
-            got=f"loss {loss}, gradient norm {norm} at step {worker.step}",
-            do="lower pretrain.optimizer.learning_rate, or set pretrain.precision to fp32",
-        )
+def step(worker: Worker, team: Team, assignment: Assignment) -> tuple[Verdict, StepRecord]:
+    """One step: gradients of the missing slots, their sum over workers, the update; it commits on all or on none."""
+    config, sums, clock, rank = worker.config, worker.sums, worker.clock, team.rank
+    sums.discard(assignment.dropped[rank])
+    began_s = time.monotonic()
+    for slot in assignment.slots[rank]:
+        team.progress("data")
+        asked_s = time.monotonic()
+        samples = torch.from_numpy(worker.loader.slot(worker.position, slot))
+        clock.data_s += time.monotonic() - asked_s
+        team.progress("computing")
+        sums.scalars[LOSS] += backward(worker, samples)
+        sums.scalars[AGREED] += float(team.wishes())
+        sums.add(slot)
+    computed_s = time.monotonic()
+    clock.recomputed_s += (computed_s - began_s) * clock.lost
+    team.progress("waiting")
+    slots.reduce(sums, team.group, assignment.nodes)
+    clock.reduce_s += time.monotonic() - computed_s
+    team.progress("updating")
+    loss, told = float(sums.scalars[LOSS]), round(float(sums.scalars[AGREED]))
+    position = worker.position
+    norm = sums.clip(config.grad_clip)
+    verdict = worker.guardian.judge(worker.step, loss, norm)
     rate = rate_frac(worker.step, config)
-    worker.optimizer.step(rate)
-    worker.step += 1
+    if verdict.action == "apply":
+        worker.optimizer.step(rate)
+        worker.step += 1
+        worker.guardian.commit(verdict)
+    sums.clear()
+    if told == config.slots:
+        team.agreed()
     tokens = config.slots * config.micro_batch * config.seq_len
-    wall_s = time.monotonic() - began
-    record = StepRecord(worker.step, loss, norm, rate, tokens, wall_s, worker.world_size, data_s)
-    return record, bool(gradients.scalars[1] > 0)
+    record = StepRecord(
+        step=worker.step,
+        loss=loss,
+        grad_norm=norm,
+        rate_frac=rate,
+        tokens=tokens,
+        wall_s=time.monotonic() - clock.began_s,
+        world_size=team.group.size,
+        data_s=clock.data_s,
+        reduce_s=clock.reduce_s,
+        stall_s=clock.stall_s,
+        recomputed_s=clock.recomputed_s,
+        generation=team.generation,
+        position=position,
+    )
+    return verdict, record
 
 
 def backward(worker: Worker, tokens: Tensor) -> float:

@@ -5,13 +5,10 @@ Owns which parameter gets which rule, and the schedule. The rules themselves are
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from forge_ray.config import AdamWConfig, MuonConfig, PretrainConfig
-from forge_ray.errors import CorruptError
 
 
 class Optimizer:
@@ -47,6 +44,8 @@ class Optimizer:
                     adjust_lr_fn="match_rms_adamw",
                 )
             )
+        for rule in self._rules:
+            _begin(rule)
         self._peaks = [[group["lr"] for group in rule.param_groups] for rule in self._rules]
 
     def step(self, rate_frac: float) -> None:
@@ -59,31 +58,18 @@ class Optimizer:
     def tensors(self) -> dict[str, Tensor]:
         """The whole state, by `<parameter>/<quantity>`."""
         return {
-            f"{self._names[parameter]}/{key}": torch.as_tensor(value)
+            f"{self._names[parameter]}/{key}": value
             for rule in self._rules
             for parameter, state in rule.state.items()
             for key, value in state.items()
         }
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `tensors` gave.
-
-        Raises:
-            CorruptError: A tensor belongs to no parameter of this model.
-        """
-        by_name: dict[str, dict[str, Any]] = {}
-        for key, value in tensors.items():
-            name, _, quantity = key.rpartition("/")
-            by_name.setdefault(name, {})[quantity] = value
-        unknown = set(by_name) - set(self._names.values())
-        if unknown:
-            raise CorruptError("the optimizer state belongs to another model", got=", ".join(sorted(unknown)[:3]))
+    def adopt(self, tensors: dict[str, Tensor]) -> None:
+        """Keeps its state in these tensors from now on, named as `tensors` names them."""
         for rule in self._rules:
-            for group in rule.param_groups:
-                for parameter in group["params"]:
-                    for quantity, value in by_name.get(self._names[parameter], {}).items():
-                        # Step counters too: torch's fused AdamW keeps them beside the parameter.
-                        rule.state[parameter][quantity] = value.to(parameter.device, copy=True)
+            for parameter, state in rule.state.items():
+                for quantity in state:
+                    state[quantity] = tensors[f"{self._names[parameter]}/{quantity}"]
 
 
 def rate_frac(step: int, config: PretrainConfig) -> float:
@@ -105,3 +91,15 @@ def _adamw(parameters: list[nn.Parameter], config: AdamWConfig) -> torch.optim.O
         betas=(config.beta1, config.beta2),
         fused=True,
     )
+
+
+def _begin(rule: torch.optim.Optimizer) -> None:
+    """Makes the state that torch's rule would make in its first step, so that it has its place before."""
+    for group in rule.param_groups:
+        for parameter in group["params"]:
+            if isinstance(rule, torch.optim.Muon):
+                rule.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            else:
+                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                # fp32 and beside the parameter, as torch's fused AdamW keeps it.
+                rule.state[parameter] |= {"step": torch.zeros((), device=parameter.device), **moments}

@@ -16,8 +16,12 @@ from forge_ray.artifact import Workspace
 from forge_ray.events import Events
 from forge_ray.storage import Storage
 from tests.integration.conftest import TINY, Finished, Forge, clean_environment, kill_tree, wait_for
+from tests.integration.crew import processes
 
-LONG = ("--pretrain.steps=400", "--pretrain.checkpoint_every_s=0.5")
+LONG = ("--pretrain.steps=600", "--pretrain.checkpoint_every_s=0.5")
+
+
+KINDS = ("forge-seat", "forge-compute")
 
 
 @pytest.fixture
@@ -27,37 +31,44 @@ def private(forge: Forge, ran: Finished, tmp_path: Path) -> Forge:
     return Forge(copy.workspace, clean_environment(tmp_path / "cache"))
 
 
-def test_killing_a_worker_and_then_everything_costs_no_committed_step_and_changes_no_weight(
+def test_killing_a_worker_an_agent_and_the_driver_costs_no_committed_step_and_changes_no_weight(
     forge: Forge, ran: Finished, private: Forge
 ) -> None:
     undisturbed = forge("pretrain", str(TINY), "--json", *LONG)
     assert undisturbed.code == 0, undisturbed.stderr[-3000:]
     ref = undisturbed.result["stages"]["pretrain"]["ref"]
+    run_id = ref.partition("/")[2]
 
     driver = private.start(
         "pretrain", str(TINY), *LONG, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
     try:
-        first = wait_for("a checkpoint", lambda: _checkpoints(private, ref))
-        _worker_of(driver.pid).kill()
-        wait_for("a checkpoint after the worker's death", lambda: max(_checkpoints(private, ref)) > max(first))
-        assert driver.poll() is None, "the run ended before it could be killed"
+        wait_for("a step", lambda: _steps(private, run_id))
+        wait_for("workers", lambda: len(processes("forge-compute", run_id)) == 2)
+        victim = processes("forge-compute", run_id)[0]
+        victim.kill()
+        wait_for("the next", lambda: len({*processes("forge-compute", run_id)} - {victim}) == 2)
+        agents = _agents(driver.pid)
+        agents[0].kill()
+        wait_for("the next agent", lambda: len({*_agents(driver.pid)} - {agents[0]}) == 2)
+        assert driver.poll() is None, "the run ended before its driver could be killed"
     finally:
         kill_tree(driver)
-    killed_at = max(_checkpoints(private, ref))
+    orphans = processes("forge-compute", run_id)
+    assert len(orphans) == 2, "agent, driver and Ray are gone, the workers are not"
 
     resumed = private("pretrain", str(TINY), "--json", *LONG)
     assert resumed.code == 0, resumed.stderr[-3000:]
     assert resumed.result["stages"]["pretrain"]["ref"] == ref
     assert all(resumed.result["stages"][name]["skipped"] for name in ("ingest", "tokenizer", "tokenize"))
     assert _weights(private, ref) == _weights(forge, ref)
+    assert not processes("forge-seat", run_id)
 
-    events = Events.read(Storage(str(private.workspace)), ref.partition("/")[2])
-    starts = [event["step"] for event in events if event["event"] == "start"]
-    assert len(starts) == 3
-    assert starts[0] == 0
-    assert starts[2] == killed_at
-    assert {event["step"] for event in events if event["event"] == "step"} == set(range(1, 401))
+    events = Events.read(Storage(str(private.workspace)), run_id)
+    assert len([event for event in events if event["event"] == "start"]) == 2
+    steps = [event["step"] for event in events if event["event"] == "step" and not event.get("again")]
+    assert steps == sorted(set(steps)), "a committed step was computed again"
+    assert set(steps) | {event["step"] for event in events if event["event"] == "step"} == set(range(1, 601))
 
 
 def test_ctrl_c_ends_with_130_and_leaves_no_process(private: Forge) -> None:
@@ -65,32 +76,35 @@ def test_ctrl_c_ends_with_130_and_leaves_no_process(private: Forge) -> None:
         "pretrain", str(TINY), *LONG, "--pretrain.seed=3", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )
     below: list[psutil.Process] = wait_for(
-        "workers", lambda: _workers(driver.pid) and psutil.Process(driver.pid).children(recursive=True)
+        "workers", lambda: _agents(driver.pid) and psutil.Process(driver.pid).children(recursive=True)
     )
+    seats = wait_for("seats", lambda: _seats_of(private))
     os.kill(driver.pid, signal.SIGINT)
     _, stderr = driver.communicate(timeout=90)
     assert driver.returncode == 130, stderr[-2000:]
     assert "goes on" in stderr
-    psutil.wait_procs(below, timeout=30)
+    psutil.wait_procs([*below, *seats], timeout=30)
+    below += seats
     assert not [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
-def _checkpoints(forge: Forge, ref: str) -> list[int]:
-    folder = forge.workspace / "runs" / ref.partition("/")[2] / "checkpoints"
-    return sorted(int(path.stem) for path in folder.glob("*.json"))
+def _steps(forge: Forge, run_id: str) -> list[int]:
+    rows = Events.read(Storage(str(forge.workspace)), run_id)
+    return [row["step"] for row in rows if row["event"] == "step"]
 
 
-def _workers(driver_pid: int) -> list[psutil.Process]:
+def _seats_of(forge: Forge) -> list[psutil.Process]:
+    runs = {path.name for path in (forge.workspace / "runs").glob("*")}
+    return [process for run_id in runs for kind in KINDS for process in processes(kind, run_id)]
+
+
+def _agents(driver_pid: int) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(driver_pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # others come and go meanwhile
             if "TrainWorker" in " ".join(process.cmdline()[:1]):
                 found.append(process)
     return found
-
-
-def _worker_of(driver_pid: int) -> psutil.Process:
-    return wait_for("a Ray Train worker", lambda: _workers(driver_pid))[-1]
 
 
 def _weights(forge: Forge, ref: str) -> str:

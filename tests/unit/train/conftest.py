@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
-from forge_ray.artifact import Artifact, Manifest, Workspace
+from forge_ray.artifact import Artifact, Workspace
 from forge_ray.config import ModelConfig, PretrainConfig
-from forge_ray.data import shards
-from forge_ray.train import pretrain
+from forge_ray.train import compute
+from forge_ray.train.compute import Record
+from forge_ray.train.group import Group, GroupLost
+from forge_ray.train.guardian import Verdict
 from forge_ray.train.loop import Worker
+from forge_ray.train.slots import Assignment, assign
+from forge_ray.train.spec import RunSpec
+from tests.unit.train.tiny_corpus import publish
 
-VOCAB, END = 64, 0
 ADAMW = {"kind": "adamw", "learning_rate": 4e-3}
 MUON = {"kind": "muon", "learning_rate": 8e-3}
 
@@ -34,46 +36,77 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture
 def corpus(workspace: Workspace) -> Artifact:
-    """Two shards of documents in which each token mostly decides the next."""
-    draw = np.random.default_rng(0)
-    follower = draw.permutation(np.arange(1, VOCAB))
-    files, index = [], []
-    for i, documents in enumerate((40, 25)):
-        pieces = []
-        for _ in range(documents):
-            ids = [int(draw.integers(1, VOCAB))]
-            while len(ids) < 60:
-                ids.append(int(follower[ids[-1] - 1]) if draw.random() < 0.9 else int(draw.integers(1, VOCAB)))
-            pieces += [*ids, END]
-        table = pa.table({"id": ["x"], "offset": [0], "length": [len(pieces)], "source": ["x"], "licence": ["x"]})
-        with workspace.new_file(f"train-{i:05d}.tok") as build:
-            shards.write(build.stream, np.array(pieces, dtype=np.uint16), table, vocab_size=VOCAB, end_token=END)
-        files.append(build.entry)
-        size_bytes = build.entry.size_bytes
-        index.append(shards.ShardInfo(build.entry.name, build.entry.sha256, size_bytes, len(pieces), 1, "made"))
-    content = shards.ShardIndex(tuple(index), VOCAB, END).to_json()
-    files.append(workspace.put_bytes(shards.INDEX, content))
-    return workspace.publish(Manifest(stage="tokenize", fingerprint="0" * 16, files=tuple(files)))
+    """See `tiny_corpus`."""
+    return publish(workspace)
 
 
 @pytest.fixture
-def spec(corpus: Artifact) -> Callable[..., pretrain.RunSpec]:
+def spec(corpus: Artifact) -> Callable[..., RunSpec]:
     """What a run of some configuration is told."""
 
-    def make(run_id: str = "run", model: dict[str, Any] | None = None, **config: Any) -> pretrain.RunSpec:
+    def make(run_id: str = "run", model: dict[str, Any] | None = None, **config: Any) -> RunSpec:
         shape = ModelConfig(**{"num_layers": 2, "d_model": 32, "num_heads": 1, "d_ff": 48, **(model or {})})
         settings = {"steps": 12, "slots": 8, "micro_batch": 1, "seq_len": 32, "optimizer": ADAMW, **config}
         precision = settings.get("precision", "fp32")
-        return pretrain.RunSpec(run_id, corpus.workspace, corpus.ref, shape, PretrainConfig(**settings), precision)
+        return RunSpec(run_id, corpus.workspace, corpus.ref, shape, PretrainConfig(**settings), precision)
 
     return make
 
 
-@pytest.fixture
-def build(spec: Callable[..., pretrain.RunSpec]) -> Callable[..., Worker]:
-    """A worker as every Ray Train worker builds it: from the newest checkpoint of its run, or from the seed."""
+class Silent:
+    """A coordinator's side of which a worker hears nothing."""
 
-    def make(rank: int = 0, world_size: int = 1, **options: Any) -> Worker:
-        return pretrain._build(spec(**options), rank, world_size, torch.device("cpu"))
+    host_class = "this"
+
+    def event(self, record: dict[str, Any]) -> None:
+        """Not wanted."""
+
+
+class Alone:
+    """A worker's team of itself, with the record that it keeps."""
+
+    def __init__(self, told: RunSpec, worker: Worker) -> None:
+        self.group, self.generation, self.rank = Group.alone(), 1, 0
+        self.record = Record(told, worker, Silent())
+        self.record.team = self
+
+    def settle(self, worker: Worker) -> Assignment:
+        """All slots, each time."""
+        return assign([()], worker.config.slots, exact=worker.sums.exact)
+
+    def wishes(self) -> bool:
+        """Nobody else wants in."""
+        return False
+
+    def agreed(self) -> None:
+        """Never asked for."""
+        raise AssertionError("nobody agreed on anything")
+
+    def lost(self, error: GroupLost) -> None:
+        """Cannot happen alone."""
+        raise error
+
+    def progress(self, phase: str) -> None:
+        """Nobody looks."""
+
+    def go_back(self, worker: Worker, verdict: Verdict) -> None:
+        """As in a team of many, without the others."""
+        judged = worker.guardian.state()
+        self.record.resume(worker, verdict)
+        earlier = worker.guardian.state()
+        worker.guardian.load(judged)
+        worker.guardian.roll_back(verdict, worker.step, earlier)
+
+
+@pytest.fixture
+def build(spec: Callable[..., RunSpec]) -> Callable[..., Worker]:
+    """A worker with the state of the newest checkpoint of its run, or of a new run."""
+
+    def make(**options: Any) -> Worker:
+        told = spec(**options)
+        worker = compute.build(told, torch.device("cpu"))
+        worker.team = Alone(told, worker)
+        worker.team.record.resume(worker, None)
+        return worker
 
     return make

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from forge_ray.config import AdamWConfig, ModelConfig, MuonConfig, PretrainConfig
-from forge_ray.errors import CorruptError
 from forge_ray.model.transformer import Transformer
 from forge_ray.train.optimizer import Optimizer, rate_frac
 
@@ -45,7 +44,7 @@ def test_a_state_carried_over_continues_bit_for_bit(config: AdamWConfig | MuonCo
     second = build(seed=9, tied_embeddings=tied)
     second.load_state_dict(first.state_dict())
     resumed = Optimizer(second, config)
-    resumed.load(kept)
+    resumed.adopt(kept)
     train(second, resumed, range(5, 8))
 
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters()))
@@ -54,16 +53,13 @@ def test_a_state_carried_over_continues_bit_for_bit(config: AdamWConfig | MuonCo
 
 
 @both
-def test_loading_copies(config: AdamWConfig | MuonConfig) -> None:
+def test_the_state_is_there_before_the_first_step_as_torch_would_make_it(config: AdamWConfig | MuonConfig) -> None:
     model = build()
     optimizer = Optimizer(model, config)
-    train(model, optimizer, range(2))
-    given = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
-    before = {name: tensor.clone() for name, tensor in given.items()}
-    other = Optimizer(model, config)
-    other.load(given)
-    train(model, other, range(2, 4))
-    assert all(torch.equal(before[name], given[name]) for name in given)
+    before = {name: (tensor.shape, tensor.dtype) for name, tensor in optimizer.tensors().items()}
+    assert not any(tensor.any() for tensor in optimizer.tensors().values())
+    train(model, optimizer, range(1))
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in optimizer.tensors().items()} == before
 
 
 @both
@@ -97,14 +93,6 @@ def test_only_matrices_decay(config: AdamWConfig | MuonConfig) -> None:
     Optimizer(model, config).step(1.0)
     assert {bool((p < 1.0).all()) for p in model.parameters() if p.ndim == 2} == {True}
     assert all((p == 1.0).all() for p in model.parameters() if p.ndim == 1)
-
-
-def test_the_state_of_another_model_is_refused() -> None:
-    model, larger = build(), build(num_layers=3)
-    optimizer = Optimizer(larger, CONFIGS["adamw"])
-    train(larger, optimizer, range(1))
-    with pytest.raises(CorruptError, match=r"blocks\.2"):
-        Optimizer(model, CONFIGS["adamw"]).load(optimizer.tensors())
 
 
 def test_the_schedule_rises_stays_and_falls_to_a_last_step_that_still_learns() -> None:

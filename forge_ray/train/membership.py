@@ -1,0 +1,291 @@
+"""Who trains together: the rules by which groups of workers follow each other.
+
+A pure state machine: told what happens at the seats, it says what each seat is to be told. Owns generations, ranks and
+the judgement of who hangs. Holds nothing that the seats do not know too: a new one learns it from them.
+
+A seat's compute process says of itself that it is `ready` (wants to be a member), `in` a generation, `lost` (its group
+broke), `left` (drained) or `done`. A change that nobody waits for (`join`, `drain`) happens at a step's boundary, which
+the workers agree on among themselves; after a loss the next group forms at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from forge_ray.train.lines import Message
+
+_SETTLE_S = 0.3  # newcomers within this time join together
+_GATHER_S = 1.0  # at the start, and after everybody was lost
+_ADOPT_S = 5.0  # a new coordinator waits this long for the rest of a group that it finds at work
+_SILENT_S = 15.0  # a compute process that does not even beat is stopped
+_KEEPER_S = 20.0  # a keeper told to replace its compute process that does not do it is dropped
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0  # between groups that do not come to stand
+_BEATS_FOR_SLOW = 10.0  # times the longest slot so far, before one is called a hang
+
+
+@dataclass
+class Seat:
+    """What is known of a seat."""
+
+    name: str
+    joined_s: float
+    pid: int = 0
+    state: str = ""
+    generation: int = 0
+    step: int = -1
+    store: str = ""
+    host_class: str = ""
+    members: list[str] = field(default_factory=list)
+    beat: Message = field(default_factory=dict)
+    beat_s: float = 0.0
+    slowest_s: float = 0.0
+    replaced_s: float | None = None
+    draining: bool = False
+
+
+class Membership:
+    """The machine. Times are of one monotonic clock, in seconds.
+
+    Args:
+        min_workers, max_workers: Bounds of a group; more seats than `max_workers` wait as spares.
+        hang_s: Silence about progress that makes a worker a suspect.
+        data_wait_s: Longer silence that waiting for data explains.
+    """
+
+    def __init__(self, min_workers: int, max_workers: int, hang_s: float, data_wait_s: float) -> None:
+        self._min, self._max, self._hang_s, self._data_wait_s = min_workers, max_workers, hang_s, data_wait_s
+        self.seats: dict[str, Seat] = {}
+        self.generation = 0
+        self.members: list[str] = []
+        self.done = False
+        self._failures, self._formed_s = (
+            0,
+            0.0,
+        )  # groups in a row that did not come to stand, and when the last was named
+        self._host_class = ""
+        self._refused: set[str] = set()
+        self._broken = False  # a member is gone, so the group cannot finish its step
+        self._lost: list[str] = []
+        self._ready_since_s: float | None = None
+        self._adopting_s: float | None = None
+        self._out: list[tuple[str, Message]] = []
+        self._news: list[Message] = []
+
+    def take(self) -> tuple[list[tuple[str, Message]], list[Message]]:
+        """What is to be sent, by seat, and what is worth a record, since the last call."""
+        out, self._out = self._out, []
+        news, self._news = self._news, []
+        return out, news
+
+    def hello(self, name: str, pid: int, now_s: float) -> None:
+        """A keeper has come, or come back."""
+        self.seats[name] = Seat(name, now_s, pid=pid)
+        self._tell_news(name, "came")
+
+    def gone(self, name: str, now_s: float, why: str = "its keeper is gone") -> None:
+        """A keeper's connection has ended: of its node nothing more is known."""
+        if self.seats.pop(name, None) is None:
+            return
+        self._tell_news(name, "gone", why)
+        self._lose(name, now_s)
+
+    def died(self, name: str, pid: int, why: str, now_s: float) -> None:
+        """A seat's compute process has ended."""
+        seat = self.seats.get(name)
+        if seat is None or (seat.pid and seat.pid != pid):
+            return
+        finished = seat.state in ("done", "left")
+        seat.pid, seat.state, seat.beat, seat.replaced_s = 0, "", {}, None
+        if not finished:
+            self._tell_news(name, "died", why)
+            self._lose(name, now_s)
+
+    def status(self, name: str, message: Message, now_s: float) -> None:
+        """What a compute process says of itself."""
+        seat = self.seats.get(name)
+        if seat is None:
+            return
+        before = seat.state
+        seat.pid, seat.state, seat.step = message["pid"], message["state"], message["step"]
+        seat.generation, seat.store, seat.host_class = message["generation"], message["store"], message["host_class"]
+        seat.members, seat.beat_s, seat.beat = message.get("members", []), now_s, {}
+        if seat.state == "ready" and before != "ready" and self._ready_since_s is None:
+            self._ready_since_s = now_s
+        if seat.state in ("in", "lost") and seat.generation > self.generation:
+            # This coordinator is new, the group is not.
+            self.members, self._adopting_s, self._broken = list(seat.members), now_s, False
+        self.generation = max(self.generation, seat.generation)
+        if seat.state == "in" and name not in self.members:
+            self._out.append((name, {"kind": "rejoin", "pid": seat.pid}))  # the others went on without it
+        if seat.state == "in" and seat.generation == self.generation:
+            self._failures, self._host_class = 0, seat.host_class
+        if seat.state == "lost" and seat.generation == self.generation and name in self.members:
+            self._broken = True
+        if seat.state == "left" and name in self.members:
+            self.members.remove(name)
+        self.done = self.done or seat.state == "done"
+        self.tick(now_s)
+
+    def beat(self, name: str, message: Message, now_s: float) -> None:
+        """A sign of life: `phase`, `age_s` since the last progress, `slot_s` of the longest slot."""
+        seat = self.seats.get(name)
+        if seat and seat.pid == message["pid"]:
+            seat.beat, seat.beat_s, seat.slowest_s = message, now_s, max(seat.slowest_s, message["slot_s"])
+
+    def drain(self, name: str, now_s: float, why: str) -> None:
+        """A seat is to leave at the next boundary: its node will be taken away."""
+        seat = self.seats.get(name)
+        if seat and not seat.draining:
+            seat.draining = True
+            self._tell_news(name, "notice", why)
+            self.tick(now_s)
+
+    def tick(self, now_s: float) -> None:
+        """Does what is due. Called after every change, and twice a second."""
+        if self.done:
+            self._out += [(seat.name, {"kind": "stop"}) for seat in self.seats.values() if seat.state in ("", "ready")]
+            return
+        self._watch(now_s)
+        if self._adopting_s is not None:
+            missing = [name for name in self.members if name not in self.seats]
+            if missing and now_s - self._adopting_s < _ADOPT_S:
+                return
+            self._adopting_s = None
+            for name in missing:
+                self._lose(name, now_s)
+        members = [name for name in self.members if self._alive(name)]
+        waiting = [name for name in sorted(self.seats, key=self._age) if self._may_join(name, members)]
+        room = max(0, self._max - len(members))
+        if self._broken:
+            self._after_loss(members, waiting[:room], now_s)
+        elif not self.members:
+            self._begin(waiting[: self._max], now_s)
+        elif all(self.seats[name].generation == self.generation for name in members):
+            self._at_boundary(members, waiting[:room], now_s)
+
+    # ------------------------------------------------------------------------------------------------------------ rules
+
+    def _begin(self, waiting: list[str], now_s: float) -> None:
+        """Nobody has a group: starts with those who come within a second of the first."""
+        if len(waiting) < self._min or self._ready_since_s is None:
+            return
+        if len(waiting) == self._max or now_s - self._ready_since_s >= _GATHER_S:
+            cause = "resume" if self.generation else "start"
+            self._form(waiting, cause, now_s, joined=waiting, voluntary=False)
+
+    def _after_loss(self, members: list[str], waiting: list[str], now_s: float) -> None:
+        if not members:  # nobody holds the state: as at the start
+            self.members, self._broken, self._ready_since_s = [], False, now_s
+            return
+        pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**self._failures)
+        if len(members) + len(waiting) >= self._min and now_s - self._formed_s >= pause_s * (self._failures > 1):
+            self._failures += 1
+            self._form([*members, *waiting], "lost", now_s, joined=waiting, voluntary=False)
+
+    def _at_boundary(self, members: list[str], waiting: list[str], now_s: float) -> None:
+        leaving = [name for name in members if self.seats[name].draining]
+        staying = [name for name in members if name not in leaving]
+        if leaving and (staying or waiting):
+            self._form([*staying, *waiting], "drain", now_s, joined=waiting, leaving=leaving, voluntary=True)
+        elif waiting and self._ready_since_s is not None and now_s - self._ready_since_s >= _SETTLE_S:
+            self._form([*members, *waiting], "join", now_s, joined=waiting, voluntary=True)
+
+    def _form(
+        self,
+        members: list[str],
+        cause: str,
+        now_s: float,
+        *,
+        joined: list[str],
+        voluntary: bool,
+        leaving: list[str] | None = None,
+    ) -> None:
+        self.generation, self._formed_s = self.generation + 1, now_s
+        self.members = [*members, *(leaving or [])]
+        lost, self._lost = self._lost, []
+        self._broken, self._ready_since_s = False, None
+        if not self._host_class:
+            self._host_class = self.seats[members[0]].host_class
+        common = {
+            "kind": "form",
+            "generation": self.generation,
+            "size": len(members),
+            "members": members,
+            "store": self.seats[members[0]].store,
+            "cause": cause,
+            "lost": lost,
+            "joined": joined,
+            "voluntary": voluntary,
+        }
+        for name in self.members:
+            seat = self.seats[name]
+            seat.generation = self.generation - 1  # until it says that it is in
+            rank = members.index(name) if name in members else -1
+            self._out.append((name, {**common, "rank": rank, "pid": seat.pid}))
+
+    def _lose(self, name: str, now_s: float) -> None:
+        if name in self.members:
+            self.members.remove(name)
+            self._lost.append(name)
+            self._broken = True
+        self.tick(now_s)
+
+    def _watch(self, now_s: float) -> None:
+        """Finds who hangs: whoever is silent, or makes no progress while it is not waiting for others."""
+        suspects = [seat for seat in self.seats.values() if seat.pid and seat.state and self._hangs(seat, now_s)]
+        for seat in suspects:
+            if seat.replaced_s is None:
+                seat.replaced_s = now_s
+                age_s = now_s - seat.beat_s + seat.beat.get("age_s", 0.0)
+                doing = seat.beat.get("phase", seat.state)
+                self._tell_news(seat.name, "hang", f"no progress for {age_s:.0f} s in step {seat.step}: {doing}")
+                self._out.append((seat.name, {"kind": "replace"}))
+            elif now_s - seat.replaced_s > _KEEPER_S:
+                self.gone(seat.name, now_s, "its keeper does not answer either")
+
+    def _hangs(self, seat: Seat, now_s: float) -> bool:
+        if not seat.beat:
+            return now_s - seat.beat_s > max(self._hang_s, _SILENT_S)
+        if now_s - seat.beat_s > min(self._hang_s, _SILENT_S):
+            return True
+        limit_s = max(self._hang_s, _BEATS_FOR_SLOW * seat.slowest_s)
+        if seat.beat["phase"] == "data":
+            limit_s += self._data_wait_s
+        return seat.beat["phase"] not in ("waiting", "idle") and seat.beat["age_s"] > limit_s
+
+    def _alive(self, name: str) -> bool:
+        seat = self.seats.get(name)
+        return seat is not None and seat.pid != 0 and seat.state in ("in", "lost", "ready")
+
+    def _may_join(self, name: str, members: list[str]) -> bool:
+        """Whether a seat waits to join, and its results would have the same bits as those of the others."""
+        seat = self.seats[name]
+        if seat.state != "ready" or seat.draining or name in members:
+            return False
+        if self._host_class and members and seat.host_class != self._host_class:
+            if name not in self._refused:
+                self._refused.add(name)
+                self._tell_news(
+                    name,
+                    "refused",
+                    f"it computes other bits than the group: {seat.host_class} instead of {self._host_class}; "
+                    "give the run nodes of one class",
+                )
+            return False
+        return True
+
+    def _age(self, name: str) -> float:
+        return self.seats[name].joined_s
+
+    def _tell_news(self, name: str, what: str, why: str = "") -> None:
+        self._news.append({"event": "seat", "seat": name, "host": name.partition("/")[0], "what": what, "why": why})
+
+
+def snapshot(membership: Membership) -> dict[str, Any]:
+    """What a person wants to know of it now."""
+    return {
+        "generation": membership.generation,
+        "members": list(membership.members),
+        "seats": {name: seat.state for name, seat in membership.seats.items()},
+    }

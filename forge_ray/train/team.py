@@ -1,0 +1,319 @@
+"""A worker's side of membership: forming the groups that the coordinator names, and making their members alike.
+
+After each change the members tell each other at which step they are and which slots they hold of it. Whoever is behind,
+or new, takes the state from the others, each of whom sends a part; the slots that nobody holds are shared out. Where
+nobody has a state, one loads the newest checkpoint, or begins.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from forge_ray.train import guardian
+from forge_ray.train.group import Group, GroupLost, store_client
+from forge_ray.train.guardian import Verdict
+from forge_ray.train.lines import Lines, Message
+from forge_ray.train.loop import Worker
+from forge_ray.train.slots import Assignment, assign
+
+_BEAT_S = 1.0
+_STORE_S = 20.0
+_NOTHING = [-1, -1]
+
+
+class Stopped(Exception):
+    """This worker is told to end: the run is over, or its node is to be taken away."""
+
+
+class Odd(Exception):
+    """This worker's state differs from that of the others: it cannot be trusted."""
+
+
+class Control:
+    """The connection to the coordinator, by way of the keeper, with a thread that listens and one that beats.
+
+    Args:
+        lines: The worker's end.
+        store: `host:port` where others can meet if this worker is rank 0.
+        host_class: What the bits of its results depend on.
+    """
+
+    def __init__(self, lines: Lines, store: str, host_class: str) -> None:
+        self._lines, self._store, self.host_class = lines, store, host_class
+        self._changed = threading.Condition()
+        self._form: Message | None = None
+        self._status: Message | None = None
+        self.rejoin = False
+        self.stopping = False
+        self.on_change: Callable[[], None] = lambda: None
+        self._phase, self._since_s, self._slowest_s = "idle", time.monotonic(), 0.0
+        for work in (self._listen, self._beat):
+            threading.Thread(target=work, name="forge-control", daemon=True).start()
+
+    def newest(self, after: int) -> Message | None:
+        """The newest group to form, if it is newer than this generation."""
+        form = self._form
+        return form if form and form["generation"] > after else None
+
+    def urgent(self, generation: int) -> bool:
+        """Whether this generation cannot go on."""
+        form = self.newest(generation)
+        return bool(form and not form["voluntary"]) or self.rejoin
+
+    def wait(self, after: int) -> Message:
+        """Waits for a group to form.
+
+        Raises:
+            Stopped: The run is over instead.
+        """
+        with self._changed:
+            while not (form := self.newest(after)):
+                if self.stopping:
+                    raise Stopped
+                self._changed.wait()
+            self.rejoin = False
+            return form
+
+    def status(self, state: str, generation: int, step: int, **more: Any) -> None:
+        """Tells the coordinator what this worker is."""
+        self._status = {
+            "kind": "status",
+            "state": state,
+            "generation": generation,
+            "step": step,
+            "store": self._store,
+            "host_class": self.host_class,
+            **more,
+        }
+        self._lines.send(self._status)
+
+    def event(self, record: Message) -> None:
+        """Tells the coordinator of something that is also on record."""
+        self._lines.send({"kind": "event", "record": record})
+
+    def progress(self, phase: str) -> None:
+        """What the worker does from now on."""
+        now_s = time.monotonic()
+        if self._phase == "computing":
+            self._slowest_s = max(self._slowest_s, now_s - self._since_s)
+        self._phase, self._since_s = phase, now_s
+
+    def _listen(self) -> None:
+        while (messages := self._lines.receive()) is not None:
+            for message in messages:
+                with self._changed:
+                    if message["kind"] == "form":
+                        self._form = message
+                    elif message["kind"] == "rejoin":
+                        self.rejoin = True
+                    elif message["kind"] == "stop":
+                        self.stopping = True
+                    elif message["kind"] == "introduce" and self._status:
+                        self._lines.send(self._status)
+                    self._changed.notify_all()
+            self.on_change()
+
+    def _beat(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(_BEAT_S):
+            age_s = time.monotonic() - self._since_s
+            beat = {"phase": self._phase, "age_s": age_s, "slot_s": self._slowest_s}
+            if not self._lines.send({"kind": "beat", **beat}):
+                return
+
+
+class Team:
+    """The groups that a worker is in, one after the other.
+
+    Args:
+        control: Names them.
+        address: Of this machine, for the other members.
+        device: Where the state lives.
+        resume: Gives a worker the newest checkpoint's state, or a new run's; or that which a verdict wants.
+        on_formed: Called when a group stands, with what there is to tell of it.
+        distrust: Takes back all checkpoints after a step.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        address: str,
+        device: torch.device,
+        resume: Callable[[Worker, Verdict | None], None],
+        on_formed: Callable[[Worker, Message], None],
+        distrust: Callable[[int], None],
+    ) -> None:
+        self.group, self.generation, self.rank = Group.alone(device), 0, 0
+        self._control, self._address, self._device = control, address, device
+        self._resume, self._on_formed, self._distrust = resume, on_formed, distrust
+        self._trusted_step = 0
+        self._formed = self._due = False
+        self._members: list[str] = []
+        self._step = -1
+        self._lost_s: float | None = None
+        self._assignment: Assignment | None = None
+        control.on_change = lambda: self.group.wake()
+
+    def settle(self, worker: Worker) -> Assignment:
+        """Forms the next group if one is due, with the same state on all members; says who computes what now.
+
+        Raises:
+            GroupLost: A member is gone.
+            Stopped: There is nothing more to do for this worker.
+        """
+        if self._control.stopping:
+            raise Stopped
+        if self._formed and not self._due and not self._control.urgent(self.generation):
+            fresh = not worker.sums.held()
+            if fresh and self._is_digest_due(worker):
+                self.compare(worker)
+            if not fresh or self._assignment is None:
+                raise RuntimeError("a step was left half done without a change of the group")
+            return self._assignment
+        return self._form(worker)
+
+    def wishes(self) -> bool:
+        """Whether this worker has been told of a group to form at the next boundary."""
+        return self._control.newest(self.generation) is not None
+
+    def agreed(self) -> None:
+        """All workers have been told of it."""
+        self._due = True
+
+    def lost(self, error: GroupLost) -> None:
+        """The group is gone: what is held of the step under way stays."""
+        self._lost_s = self._lost_s or time.monotonic()
+        self.group.leave()
+        self._control.status("lost", self.generation, self._step, members=self._members, why=str(error))
+        self._formed = False
+
+    def progress(self, phase: str) -> None:
+        """What this worker does from now on."""
+        self._control.progress(phase)
+
+    def go_back(self, worker: Worker, verdict: Verdict) -> None:
+        """Takes an earlier checkpoint on all workers, and leaves out batches."""
+        judged = worker.guardian.state()
+        if self.rank == 0:
+            self._resume(worker, verdict)
+        self._make_alike(worker, sources=[0])
+        earlier = worker.guardian.state()
+        worker.guardian.load(judged)
+        worker.guardian.roll_back(verdict, worker.step, earlier)
+
+    def compare(self, worker: Worker) -> None:
+        """Compares the members' states bit by bit, by digest.
+
+        If one differs, what it computed since the last comparison is in everybody's weights: it ends, and the others go
+        back to a checkpoint from before that.
+
+        Raises:
+            Odd: This worker's differs from that of most, or there is no telling which is right.
+            GroupLost: Another's does.
+        """
+        digests = self.group.gather_json(guardian.digest(worker.state.buffer))
+        odd = guardian.odd_ones(digests)
+        if not odd:
+            self._trusted_step = worker.step
+            return
+        if self.rank == min(set(range(self.group.size)) - set(odd), default=0):
+            self._distrust(self._trusted_step)
+        if self.rank in odd:
+            raise Odd(f"step {worker.step}: digest {digests[self.rank]:x} among {[f'{d:x}' for d in digests]}")
+        worker.step = -1
+        worker.sums.clear()
+        raise GroupLost("the state of a member was not that of the others")
+
+    def _is_digest_due(self, worker: Worker) -> bool:
+        return self.group.size > 1 and worker.step > 0 and worker.step % worker.config.digest_every_steps == 0
+
+    def _form(self, worker: Worker) -> Assignment:
+        began_s = time.monotonic()
+        if self._control.rejoin or (not self._formed and self._lost_s is None):
+            self.group.leave()
+            self._control.status("ready", self.generation, worker.step)
+        self.progress("waiting")
+        form = self._control.wait(self.generation)
+        voluntary = self._formed
+        self._formed = self._due = False
+        self.group.leave()
+        if form["rank"] < 0:
+            self._control.status("left", form["generation"], worker.step)
+            raise Stopped
+        self.generation, self.rank = form["generation"], form["rank"]
+        self._members, self._step = form["members"], worker.step
+        store = store_client(form["store"], self.generation, _STORE_S)
+        self.group = Group.form(
+            store,
+            self.rank,
+            form["size"],
+            self._device,
+            self._address,
+            lambda: self._control.urgent(form["generation"]),
+        )
+        formed_s = time.monotonic()
+        views = self._agree(worker, form)
+        self._formed, self._step = True, worker.step
+        self._control.status("in", self.generation, worker.step, members=self._members)
+        now_s = time.monotonic()
+        since_s = began_s if voluntary or self._lost_s is None else self._lost_s
+        worker.clock.stall_s += now_s - since_s
+        self._lost_s = None
+        self._assignment = assign(views, worker.config.slots, exact=worker.sums.exact)
+        missing = sum(map(len, self._assignment.slots))
+        about = {key: form[key] for key in ("generation", "cause", "lost", "joined")}
+        about |= {"step": worker.step, "world_size": form["size"], "stall_s": now_s - since_s}
+        about |= {"transfer_s": now_s - formed_s, "missing_slots": missing}
+        self._on_formed(worker, about)
+        assignment, self._assignment = self._assignment, self._fresh(worker)
+        return assignment
+
+    def _fresh(self, worker: Worker) -> Assignment:
+        return assign([()] * self.group.size, worker.config.slots, exact=worker.sums.exact)
+
+    def _agree(self, worker: Worker, form: Message) -> list[list[tuple[int, int]]]:
+        """The same state on all members; what each holds of the step that follows."""
+        progress = self.group.gather_json(_progress(worker))
+        if max(progress) == _NOTHING:
+            if self.rank == 0:
+                self._resume(worker, None)
+            progress = self.group.gather_json(_progress(worker))
+        newest = max(progress)
+        if min(progress) < newest:
+            self._make_alike(worker, sources=[rank for rank, own in enumerate(progress) if own == newest])
+            self.compare(worker)
+        held = self.group.gather_json(worker.sums.held())
+        return [[tuple(node) for node in nodes] for nodes in held]
+
+    def _make_alike(self, worker: Worker, sources: list[int]) -> None:
+        """Gives everybody the state that the sources have; each of them sends an equal part to each who has not."""
+        group, buffer = self.group, worker.state.buffer
+        extra = group.gather_json(worker.extra() if self.rank == sources[0] else None)[sources[0]]
+        share = -(-buffer.numel() // len(sources))
+        parts = {rank: buffer[i * share : (i + 1) * share] for i, rank in enumerate(sources)}
+        takers = [rank for rank in range(group.size) if rank not in parts]
+        mine = parts.get(self.rank, buffer[:0])
+        counts = [len(mine) if rank in takers else 0 for rank in range(group.size)]
+        sent = mine if len(takers) == 1 else mine.repeat(len(takers))
+        taking = self.rank in takers
+        # Not into the buffer itself: a call that a lost group leaves behind may still write.
+        out = torch.empty_like(buffer) if taking else buffer[:0]
+        group.all_to_all(
+            out,
+            sent if self.rank in parts else buffer[:0],
+            [len(parts[rank]) if rank in parts and taking else 0 for rank in range(group.size)],
+            counts,
+        )
+        if taking:
+            buffer.copy_(out)
+            worker.take(extra)
+
+
+def _progress(worker: Worker) -> list[int]:
+    """How far a worker is: its step, and the batch it reads next, since a step may be tried on another one."""
+    return _NOTHING if worker.step < 0 else [worker.step, worker.position]
