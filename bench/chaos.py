@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import heapq
+import itertools
 import json
 import math
 import os
@@ -51,7 +52,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +374,7 @@ def _disturb(nodes: chaos.Nodes, side: Side, cell: Cell, begin_s: float, faults:
     """Kills at the faults' times; gives what was killed when. Nodes come back meanwhile."""
     todo = [(fault.at_s, number, "kill", fault.draw) for number, fault in enumerate(faults)]
     kills: list[Row] = []
+    fresh = itertools.count(cell.workers + 1)
     while todo:
         at_s, number, what, draw = heapq.heappop(todo)
         _wait(side, begin_s + at_s - time.time(), lambda: False)
@@ -391,8 +392,7 @@ def _disturb(nodes: chaos.Nodes, side: Side, cell: Cell, begin_s: float, faults:
         kills.append({"time_s": time.time(), "node": getattr(victim, "node", victim)})
         if cell.kind == "node":
             nodes.kill(victim)
-            fresh = max([*nodes.nodes, victim, cell.workers]) + 1
-            heapq.heappush(todo, (at_s + cell.every_s / 3, number, "node comes", fresh))
+            heapq.heappush(todo, (at_s + cell.every_s / 3, number, "node comes", next(fresh)))
         else:
             chaos.kill(victim.pid)
     return kills
@@ -492,7 +492,7 @@ def _gaps(done: list[Row], hits_s: list[float], end_s: float, every_s: float) ->
         before = max((at for at in times if at <= hit), default=hit)
         after = min((at for at in times if at > upto), default=end_s)
         marks = [before, *(at for at in times if hit < at <= upto), after]
-        found.append(round(max(late - early for early, late in pairwise(marks)), 3))
+        found.append(round(max(late - early for early, late in itertools.pairwise(marks)), 3))
     return found
 
 

@@ -126,6 +126,7 @@ def train(uri: str, size: Size) -> dict[str, float]:
     from forge_ray.data.loader import SlotLoader
     from forge_ray.model.transformer import Transformer
     from forge_ray.train import loop
+    from forge_ray.train.guardian import Guardian
     from forge_ray.train.optimizer import Optimizer
 
     torch.set_num_threads(1)
@@ -134,10 +135,12 @@ def train(uri: str, size: Size) -> dict[str, float]:
     index = loader.order.index
     shape = ModelConfig(num_layers=2, d_model=64, num_heads=1, num_kv_heads=1, d_ff=128)
     model = Transformer(shape, index.vocab_size, config.seq_len).initialise(SEED)
-    worker = loop.Worker(config, model, Optimizer(model, config.optimizer), loader, index.end_token, False)
-    records = []
+    optimizer, guardian = Optimizer(model, config.optimizer), Guardian(config.guard)
+    worker = loop.Worker(config, model, optimizer, loader, index.end_token, False, guardian, step=0)
+    team, records = loop.Alone(), []
     while sum(record.tokens for record in records) < size.shards * size.shard_tokens / 10:
-        records.append(loop.step(worker, False)[0])
+        worker.clock = loop.Clock()
+        records.append(loop.step(worker, team, team.settle(worker))[1])
     loader.reader.close()
     data_s, wall_s = sum(record.data_s for record in records), sum(record.wall_s for record in records)
     tokens_per_s = sum(record.tokens for record in records) / wall_s

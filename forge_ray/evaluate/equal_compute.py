@@ -57,7 +57,8 @@ class Trial:
         Memory: 4 bytes for each token that is trained on, the model, its gradients and optimizer state.
         """
         from forge_ray.model.transformer import Transformer
-        from forge_ray.train.loop import Worker, fit
+        from forge_ray.train.guardian import Guardian
+        from forge_ray.train.loop import Alone, Worker, fit
         from forge_ray.train.optimizer import Optimizer
 
         began = time.monotonic()
@@ -66,9 +67,10 @@ class Trial:
         wanted = config.steps * config.slots * config.micro_batch * config.seq_len
         stream = _Stream(_tokens(tokenizer, training, end, wanted + 1), config)
         model = Transformer(self.model, vocab_size, config.seq_len).initialise(seed)
-        worker = Worker(config, model, Optimizer(model, config.optimizer), stream, end, bf16)  # type: ignore[arg-type]
+        optimizer, guardian = Optimizer(model, config.optimizer), Guardian(config.guard)
+        worker = Worker(config, model, optimizer, stream, end, bf16, guardian, step=0)  # type: ignore[arg-type]
         losses: list[float] = []
-        fit(worker, checkpoint_due=lambda: False, on_step=lambda record, due: losses.append(record.loss))
+        fit(worker, Alone(), lambda record: losses.append(record.loss), lambda verdict: None)
         return {
             "seed": seed,
             "bits_per_byte": bits_per_byte(model.eval(), tokenizer, held_out, config.seq_len),

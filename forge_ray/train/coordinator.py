@@ -27,6 +27,7 @@ _FLUSH_S = 2.0
 _HELLO_S = 10.0
 _DEATHS_WITHOUT_PROGRESS = 10
 _STOP_S = 20.0
+LOST_EXIT = 71  # a sharded worker ends with its group: no fault of its own
 
 
 class Coordinator:
@@ -137,7 +138,7 @@ class Coordinator:
             self._keep(message["record"])
         elif kind == "died":
             self._membership.died(name, message["pid"], message["why"], now_s)
-            if message["code"] and not self._membership.done:
+            if message["code"] not in (0, LOST_EXIT) and not self._membership.done:
                 self._count_death(f"{name}: {message['why']}", message["tail"])
         elif kind == "stacks":
             record = {"event": "seat", "seat": name, "host": name.partition("/")[0]}

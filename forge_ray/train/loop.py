@@ -131,6 +131,39 @@ class Team(Protocol):
         """Takes an earlier checkpoint on all workers, and leaves out batches."""
 
 
+class Alone:
+    """The team of a worker that trains by itself and keeps no checkpoints."""
+
+    def __init__(self) -> None:
+        self.group, self.generation, self.rank = Group.alone(), 0, 0
+
+    def settle(self, worker: Worker) -> Assignment:
+        """All slots are its own."""
+        return slots.assign([()], worker.config.slots, exact=worker.sums.exact)
+
+    def wishes(self) -> bool:
+        """Nobody wants to join."""
+        return False
+
+    def agreed(self) -> None:
+        """Nothing was wished for."""
+
+    def lost(self, error: GroupLost) -> None:
+        """Cannot happen: there is nobody to lose."""
+        raise error
+
+    def progress(self, phase: str) -> None:
+        """Nobody looks."""
+
+    def go_back(self, worker: Worker, verdict: Verdict) -> None:
+        """There is nothing to go back to.
+
+        Raises:
+            TrainError: Always.
+        """
+        raise verdict.error()
+
+
 def fit(
     worker: Worker, team: Team, on_step: Callable[[StepRecord], None], on_verdict: Callable[[Verdict], None]
 ) -> None:

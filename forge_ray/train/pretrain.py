@@ -94,9 +94,21 @@ def run(
     metrics = _metrics(spec, last.read_json(STATE), curve)
     metrics["ledger"] = goodput.account(events, config.usd_per_node_hour).as_dict()
     page = goodput_page.as_html(events, run_id, config.usd_per_node_hour)
-    files = [last.entry(name) for name in (WEIGHTS, OPTIMIZER, STATE)]
+    files = [*_whole(workspace, last), last.entry(STATE)]
     files.append(workspace.put_bytes(CURVE, json.dumps(curve).encode()))
     return [*files, workspace.put_bytes(REPORT, page.encode())], metrics
+
+
+def _whole(workspace: Workspace, checkpoint: Artifact) -> list[FileEntry]:
+    """Weights and optimizer state as a file each, put together where workers held parts of them."""
+    if WEIGHTS in checkpoint.names():
+        return [checkpoint.entry(name) for name in (WEIGHTS, OPTIMIZER)]
+    from safetensors.torch import save
+
+    from forge_ray.train.pieces import assemble
+
+    tensors = assemble(checkpoint)
+    return [workspace.put_bytes(name, save(part)) for name, part in zip((WEIGHTS, OPTIMIZER), tensors, strict=True)]
 
 
 def load_model(artifact: Artifact, model: ModelConfig, max_len: int) -> tuple[Transformer, int]:

@@ -182,6 +182,8 @@ class Keeper:
     ) -> None:
         self._seat, self._task, self._lock, self._compute = seat, task, lock, compute
         self._name = f"{socket.gethostname()}/{seat.name}"
+        shared = Path("/dev/shm")
+        self._memory = (shared if shared.is_dir() else seat) / f"forge-{os.getuid()}-{task['run_id']}-{seat.name}"
         self._agent: Lines | None = None
         self._coordinator: Lines | None = None
         self._where: Message = {}
@@ -207,7 +209,8 @@ class Keeper:
         self._kill()
         if self._agent:
             self._agent.send({"kind": "over"})
-        shutil.rmtree(self._seat, ignore_errors=True)
+        for folder in (self._memory, self._seat):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _tick(self) -> None:
         now_s = time.monotonic()
@@ -311,7 +314,7 @@ class Keeper:
                     os.close(key.fd)
                 mine.close()
                 self._lock.close()
-                self._compute({**self._task, "seat": self._name}, theirs)
+                self._compute({**self._task, "seat": self._name, "memory": str(self._memory)}, theirs)
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -413,7 +416,7 @@ def main(seat: Path) -> None:
         signal.signal(signal_number, signal.SIG_IGN if signal_number == signal.SIGINT else signal.SIG_DFL)
     from forge_ray.train import compute
 
-    compute.preload()
+    compute.preload(task)
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
         raise SystemExit(f"a keeper must have one thread to fork safely, it has {threads}")

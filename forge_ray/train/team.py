@@ -22,7 +22,7 @@ from forge_ray.train.loop import Worker
 from forge_ray.train.slots import Assignment, assign
 
 _BEAT_S = 1.0
-_STORE_S = 20.0
+STORE_S = 20.0
 _NOTHING = [-1, -1]
 
 
@@ -247,7 +247,7 @@ class Team:
             raise Stopped
         self.generation, self.rank = form["generation"], form["rank"]
         self._members, self._step = form["members"], worker.step
-        store = store_client(form["store"], self.generation, _STORE_S)
+        store = store_client(form["store"], self.generation, STORE_S)
         self.group = Group.form(
             store,
             self.rank,

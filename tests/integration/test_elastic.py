@@ -158,3 +158,28 @@ def test_orphans_that_nobody_adopts_end_by_themselves_with_a_checkpoint(make: Ma
         crew.drop_seat(names[0])
         wait_for("the end of the orphan", lambda: not crew.processes("forge-seat"))
         assert crew.events("checkpoint")
+
+
+def test_sharded_workers_go_on_from_their_neighbours_memory(make: Make) -> None:
+    def losses(crew: Crew) -> dict[int, float]:
+        return {row["step"]: row["loss"] for row in crew.events("step")}
+
+    options = {"reduction": "fast", "steps": 60, "checkpoint_every_s": 1000.0, "hang_s": 20.0}
+    with make(**options) as crew:
+        crew.call(*crew.prepare(1))
+        crew.wait_end()
+        alone = losses(crew)
+    with make(**options, sharding="fsdp") as crew:
+        names = crew.prepare(3)
+        crew.call(*names[:2])
+        crew.wait_step(5)
+        crew.call(names[2])
+        crew.wait_members(3)
+        crew.wait_step(crew.step() + 2)
+        crew.kill(names[0])
+        crew.wait_end()
+        together = losses(crew)
+        tiers = {row["tier"] for row in crew.events("form") if row["step"]}
+    assert tiers == {"memory"}, "no checkpoint was in the store"
+    assert together.keys() == alone.keys() == set(range(1, 61))
+    assert all(abs(together[step] - alone[step]) < 1e-3 for step in alone)

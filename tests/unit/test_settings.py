@@ -288,6 +288,7 @@ def test_operational_fields_do_not_change_what_is_fingerprinted_and_all_others_d
         "optimizer": {"kind": "adamw"},
         "mixture": {"epochs": {"botocore": 2.0}},
         "window_bytes": 1 << 20,
+        "reduction": "exact",
     }
     operational = {
         "min_workers": 2,
@@ -299,8 +300,16 @@ def test_operational_fields_do_not_change_what_is_fingerprinted_and_all_others_d
         "checkpoints_kept": 9,
         "cache_bytes": 1 << 31,
         "store_wait_s": 5.0,
+        "sharding": "fsdp",
+        "guard": {"max_skips": 1},
+        "disk_every_s": 1.0,
+        "orphan_s": 1.0,
+        "hang_s": 1.0,
+        "digest_every_steps": 1,
+        "preemption": "off",
+        "usd_per_node_hour": 1.0,
     }
-    base = PretrainConfig()
+    base = PretrainConfig(reduction="fast")
     assert set(deciding) | set(operational) == set(PretrainConfig.model_fields)
     for name, value in (deciding | operational).items():
         changed = base.replace(**{name: value})

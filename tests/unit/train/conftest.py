@@ -11,11 +11,9 @@ import torch
 from forge_ray.artifact import Artifact, Workspace
 from forge_ray.config import ModelConfig, PretrainConfig
 from forge_ray.train import compute
-from forge_ray.train.compute import Record
-from forge_ray.train.group import Group, GroupLost
 from forge_ray.train.guardian import Verdict
-from forge_ray.train.loop import Worker
-from forge_ray.train.slots import Assignment, assign
+from forge_ray.train.loop import Alone, Worker
+from forge_ray.train.record import Record
 from forge_ray.train.spec import RunSpec
 from tests.unit.train.tiny_corpus import publish
 
@@ -62,32 +60,13 @@ class Silent:
         """Not wanted."""
 
 
-class Alone:
-    """A worker's team of itself, with the record that it keeps."""
+class Recorded(Alone):
+    """A worker's team of itself, with the record and the checkpoints of a run."""
 
     def __init__(self, told: RunSpec, worker: Worker) -> None:
-        self.group, self.generation, self.rank = Group.alone(), 1, 0
+        super().__init__()
         self.record = Record(told, worker, Silent())
         self.record.team = self
-
-    def settle(self, worker: Worker) -> Assignment:
-        """All slots, each time."""
-        return assign([()], worker.config.slots, exact=worker.sums.exact)
-
-    def wishes(self) -> bool:
-        """Nobody else wants in."""
-        return False
-
-    def agreed(self) -> None:
-        """Never asked for."""
-        raise AssertionError("nobody agreed on anything")
-
-    def lost(self, error: GroupLost) -> None:
-        """Cannot happen alone."""
-        raise error
-
-    def progress(self, phase: str) -> None:
-        """Nobody looks."""
 
     def go_back(self, worker: Worker, verdict: Verdict) -> None:
         """As in a team of many, without the others."""
@@ -105,7 +84,7 @@ def build(spec: Callable[..., RunSpec]) -> Callable[..., Worker]:
     def make(**options: Any) -> Worker:
         told = spec(**options)
         worker = compute.build(told, torch.device("cpu"))
-        worker.team = Alone(told, worker)
+        worker.team = Recorded(told, worker)
         worker.team.record.resume(worker, None)
         return worker
 
