@@ -15,15 +15,15 @@ from forge_ray.data.loader import SlotLoader
 from forge_ray.errors import ForgeError
 from forge_ray.model.transformer import Transformer
 from forge_ray.train import loop
-from forge_ray.train.coordinator import LOST_EXIT
-from forge_ray.train.group import GroupLost, store_server
+from forge_ray.train.elastic.coordinator import LOST_EXIT
+from forge_ray.train.elastic.group import GroupLost, store_server
+from forge_ray.train.elastic.lines import Lines, Message
+from forge_ray.train.elastic.team import Control, Odd, Stopped, Team
 from forge_ray.train.guardian import Guardian
-from forge_ray.train.lines import Lines, Message
 from forge_ray.train.loop import Worker
 from forge_ray.train.optimizer import Optimizer
 from forge_ray.train.record import Record
 from forge_ray.train.spec import RunSpec
-from forge_ray.train.team import Control, Odd, Stopped, Team
 
 ODD_EXIT = 70
 
@@ -35,7 +35,7 @@ def preload(task: Message) -> None:
     import torch.distributed  # noqa: F401
 
     if task["spec"]["config"]["sharding"] == "fsdp":
-        import forge_ray.train.sharded_seat  # noqa: F401
+        import forge_ray.train.sharded.seat  # noqa: F401
 
 
 def main(task: Message, connection: socket.socket) -> None:
@@ -47,7 +47,7 @@ def main(task: Message, connection: socket.socket) -> None:
     control = Control(Lines(connection), at, host_class(spec, device))
     try:
         if spec.config.sharding == "fsdp":
-            from forge_ray.train import sharded_seat
+            from forge_ray.train.sharded import seat as sharded_seat
 
             sharded_seat.train(spec, task, control, device)
         else:

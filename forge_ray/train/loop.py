@@ -18,12 +18,12 @@ from torch import Tensor
 from forge_ray.config import PretrainConfig
 from forge_ray.data.loader import SlotLoader
 from forge_ray.model.transformer import Transformer, document_mask
-from forge_ray.train import slots
-from forge_ray.train.group import Group, GroupLost
+from forge_ray.train.elastic import slots
+from forge_ray.train.elastic.group import Group, GroupLost
+from forge_ray.train.elastic.slots import Assignment, SlotSums
 from forge_ray.train.guardian import Guardian, Verdict
 from forge_ray.train.loss import mean_loss
 from forge_ray.train.optimizer import Optimizer, rate_frac
-from forge_ray.train.slots import Assignment, SlotSums
 from forge_ray.train.state import FlatState
 
 LOSS, AGREED, NUM_SCALARS = 0, 1, 2  # scalars that are summed with the gradients

@@ -25,7 +25,7 @@ from forge_ray.model.arithmetic import num_parameters, train_flops_per_token
 from forge_ray.runtime import unwrapped
 from forge_ray.telemetry import Progress, say
 from forge_ray.train import goodput, goodput_page
-from forge_ray.train.checkpoint import OPTIMIZER, STATE, WEIGHTS, Checkpoints
+from forge_ray.train.saving.checkpoint import OPTIMIZER, STATE, WEIGHTS, Checkpoints
 from forge_ray.train.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _whole(workspace: Workspace, checkpoint: Artifact) -> list[FileEntry]:
         return [checkpoint.entry(name) for name in (WEIGHTS, OPTIMIZER)]
     from safetensors.torch import save
 
-    from forge_ray.train.pieces import assemble
+    from forge_ray.train.saving.pieces import assemble
 
     tensors = assemble(checkpoint)
     return [workspace.put_bytes(name, save(part)) for name, part in zip((WEIGHTS, OPTIMIZER), tensors, strict=True)]
@@ -114,7 +114,7 @@ def _whole(workspace: Workspace, checkpoint: Artifact) -> list[FileEntry]:
 def load_model(artifact: Artifact, model: ModelConfig, max_len: int) -> tuple[Transformer, int]:
     """The trained model in fp32 on the CPU, ready to evaluate, and the id that ends a document."""
     from forge_ray.model.transformer import Transformer, load_weights
-    from forge_ray.train.checkpoint import load_tensors
+    from forge_ray.train.saving.checkpoint import load_tensors
 
     state = artifact.read_json(STATE)
     trained = load_weights(Transformer(model, state["vocab_size"], max_len), load_tensors(artifact, WEIGHTS))
@@ -132,8 +132,8 @@ def _train(spec: RunSpec) -> None:
     """
     import ray
 
-    from forge_ray.train import agent, scaling
-    from forge_ray.train.coordinator import Coordinator
+    from forge_ray.train.elastic.coordinator import Coordinator
+    from forge_ray.train.nodes import agent, scaling
 
     config = spec.config
     limits = {

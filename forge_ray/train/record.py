@@ -16,13 +16,13 @@ from forge_ray.errors import ArtifactError, ForgeError
 from forge_ray.events import Events
 from forge_ray.telemetry import say
 from forge_ray.train import guardian
-from forge_ray.train.checkpoint import Saved
+from forge_ray.train.elastic.lines import Message
+from forge_ray.train.elastic.team import Control, Team
 from forge_ray.train.guardian import Guardian, Verdict
-from forge_ray.train.lines import Message
 from forge_ray.train.loop import StepRecord, Worker
-from forge_ray.train.saving import Saver
+from forge_ray.train.saving.checkpoint import Saved
+from forge_ray.train.saving.saver import Saver
 from forge_ray.train.spec import RunSpec
-from forge_ray.train.team import Control, Team
 
 _FLUSH_S = 2.0
 _KEPT_S = 10.0

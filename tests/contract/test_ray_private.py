@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 EXECUTION = "ray.train.v2._internal.execution"
-PLACEMENT, SCALING, ENGINE, REPLICA = "train/placement.py", "train/scaling.py", "serve/engine.py", "serve/replica.py"
+PLACEMENT, SCALING = "train/nodes/placement.py", "train/nodes/scaling.py"
+ENGINE, REPLICA = "serve/engine.py", "serve/replica.py"
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def _fake_controller(**members: Any) -> Any:
 
 
 def test_a_decision_to_do_nothing_leaves_the_very_same_state() -> None:
-    """`AgentController` rests where the state is the same object (train/placement.py); else it would spin."""
+    """`AgentController` rests where the state is the same object (train/nodes/placement.py); else it would spin."""
     from ray.train.v2._internal.execution.controller.state import InitializingState
     from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 
@@ -241,10 +242,10 @@ def test_a_decision_to_do_nothing_leaves_the_very_same_state() -> None:
 
 
 def test_a_decision_of_ours_comes_back_to_be_executed() -> None:
-    """`Placement` travels as it is through the controller's states to where it is executed (train/placement.py)."""
+    """`Placement` travels as it is through the controller's states to where it is executed (nodes/placement.py)."""
     from ray.train.v2._internal.execution.controller.state import InitializingState
 
-    from forge_ray.train.placement import Placement
+    from forge_ray.train.nodes.placement import Placement
 
     decision = Placement(1, {"CPU": 1}, {"node": 1})
     policy = SimpleNamespace(make_decision_for_non_running_worker_group=lambda: decision)
@@ -259,7 +260,7 @@ def test_a_decision_of_ours_comes_back_to_be_executed() -> None:
 
 
 def test_a_group_without_agents_is_tried_again() -> None:
-    """`AgentGroup.arrange` raises it when no agent came up (train/placement.py); the run must not end of that."""
+    """`AgentGroup.arrange` raises it when no agent came up (train/nodes/placement.py); the run must not end of that."""
     from ray.train import FailureConfig
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
@@ -271,7 +272,7 @@ def test_a_group_without_agents_is_tried_again() -> None:
 
 
 def test_polls_count_workers_by_their_place_in_the_group() -> None:
-    """`AgentGroup._part` takes the errors' keys for places in `get_workers()` (train/placement.py)."""
+    """`AgentGroup._part` takes the errors' keys for places in `get_workers()` (train/nodes/placement.py)."""
     from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerStatus
 
     lost = OSError("lost")
@@ -280,7 +281,7 @@ def test_polls_count_workers_by_their_place_in_the_group() -> None:
 
 
 def test_the_state_of_a_group_can_be_changed_in_its_workers_alone() -> None:
-    """`AgentGroup._settle` does that, and `Reservations` stands in for the placement group (train/placement.py)."""
+    """`AgentGroup._settle` does that, and `Reservations` stands in for the placement group (nodes/placement.py)."""
     from ray.train.v2._internal.execution.worker_group import WorkerGroupState
 
     state = WorkerGroupState(0.0, {}, [], None)
@@ -289,10 +290,10 @@ def test_the_state_of_a_group_can_be_changed_in_its_workers_alone() -> None:
 
 
 def test_replica_groups_keep_the_preemption_watcher_out() -> None:
-    """It would end all agents when one node drains; to `_NoBackend` each is a replica group (train/placement.py)."""
+    """It would end all agents when one node drains; to `_NoBackend` each is a replica group (nodes/placement.py)."""
     from ray.train.backend import Backend, BackendConfig
 
-    from forge_ray.train.placement import AgentConfig
+    from forge_ray.train.nodes.placement import AgentConfig
 
     assert BackendConfig().backend_cls is Backend
     assert Backend.has_replica_groups is False
@@ -302,7 +303,7 @@ def test_replica_groups_keep_the_preemption_watcher_out() -> None:
 
 
 def test_the_trainer_hands_its_policy_to_a_method_of_its_own() -> None:
-    """`AgentTrainer` puts its policy and controller there (train/placement.py)."""
+    """`AgentTrainer` puts its policy and controller there (train/nodes/placement.py)."""
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     call = inspect.getsource(DataParallelTrainer.fit)
@@ -312,10 +313,10 @@ def test_the_trainer_hands_its_policy_to_a_method_of_its_own() -> None:
 
 
 def test_ray_train_reads_the_settings_that_we_make() -> None:
-    """`CONTROLLER_ENVIRONMENT` (train/placement.py); an unknown name would do nothing."""
+    """`CONTROLLER_ENVIRONMENT` (train/nodes/placement.py); an unknown name would do nothing."""
     from ray.train.v2._internal import constants
 
-    from forge_ray.train.placement import CONTROLLER_ENVIRONMENT
+    from forge_ray.train.nodes.placement import CONTROLLER_ENVIRONMENT
 
     assert set(CONTROLLER_ENVIRONMENT) == {
         constants.HEALTH_CHECK_INTERVAL_S_ENV_VAR,
@@ -325,7 +326,7 @@ def test_ray_train_reads_the_settings_that_we_make() -> None:
 
 
 def test_a_placement_group_takes_a_node_for_its_bundle() -> None:
-    """`AgentGroup._reserve` pins an agent so (train/placement.py)."""
+    """`AgentGroup._reserve` pins an agent so (train/nodes/placement.py)."""
     from ray._raylet import RAY_NODE_ID_KEY
     from ray.util.placement_group import placement_group
 
@@ -350,7 +351,7 @@ def test_an_agent_loads_no_torch() -> None:
     code = (
         "import sys\n"
         "import ray.train.v2._internal.execution.worker_group.worker\n"
-        "import forge_ray.train.scaling, forge_ray.train.agent\n"
+        "import forge_ray.train.nodes.scaling, forge_ray.train.nodes.agent\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'vllm', 'transformers'}))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

@@ -22,10 +22,10 @@ import numpy as np
 import psutil
 
 from forge_ray.events import Events
-from forge_ray.train import seat
-from forge_ray.train.checkpoint import OPTIMIZER, WEIGHTS, Checkpoints
-from forge_ray.train.coordinator import Coordinator
-from forge_ray.train.lines import Lines
+from forge_ray.train.elastic import seat
+from forge_ray.train.elastic.coordinator import Coordinator
+from forge_ray.train.elastic.lines import Lines
+from forge_ray.train.saving.checkpoint import OPTIMIZER, WEIGHTS, Checkpoints
 from forge_ray.train.spec import RunSpec
 
 LIMIT_S = 120.0

@@ -23,8 +23,8 @@ from forge_ray import objects, retry, storage
 from forge_ray.artifact import Artifact, Manifest, Workspace, cache_folder
 from forge_ray.config import PretrainConfig
 from forge_ray.errors import ArtifactError, StorageError
-from forge_ray.train.checkpoint import DISK, STORE, Saved, Tiers
-from forge_ray.train.saving import Saver
+from forge_ray.train.saving.checkpoint import DISK, STORE, Saved, Tiers
+from forge_ray.train.saving.saver import Saver
 from tests.integration.stores import Faults, Proxy, Server, reach, running
 
 ENDED, DIED = 0, 77

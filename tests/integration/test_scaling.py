@@ -23,7 +23,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-from forge_ray.train import placement, scaling
+from forge_ray.train.nodes import placement, scaling
 from tests.integration.conftest import ROOT, wait_for
 
 STORE_BYTES = 80 << 20
@@ -285,7 +285,7 @@ def test_an_agent_that_raises_again_and_again_ends_the_run(nodes: list[Any], tmp
 
 _WAITING = """
 import sys, ray
-from forge_ray.train import scaling
+from forge_ray.train.nodes import scaling
 
 def agent(config):
     raise AssertionError("there is no room for it")

@@ -17,7 +17,7 @@ from forge_ray.data import cache, loader
 from forge_ray.data.cache import ShardCache
 from forge_ray.data.loader import ShardReader, SlotLoader
 from forge_ray.errors import ConfigError, CorruptError, DataError, StorageError
-from forge_ray.train.slots import assign
+from forge_ray.train.elastic.slots import assign
 from tests.unit.data.corpus import Before, fetched, publish, remote, until
 
 SEQ_LEN = 16

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from forge_ray.train.group import Group
+from forge_ray.train.elastic.group import Group
 
 ADDRESS = "127.0.0.1"
 T = TypeVar("T")

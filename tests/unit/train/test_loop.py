@@ -11,8 +11,8 @@ import torch
 
 from forge_ray.errors import TrainError
 from forge_ray.train import loop, pretrain
-from forge_ray.train.checkpoint import Checkpoints
 from forge_ray.train.loop import StepRecord, Worker, fit
+from forge_ray.train.saving.checkpoint import Checkpoints
 from forge_ray.train.spec import RunSpec
 
 Build = Callable[..., Worker]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from forge_ray.train.scaling import seats
+from forge_ray.train.nodes.scaling import seats
 
 
 def test_agents_stay_where_they_are_and_the_roomiest_nodes_are_filled_first() -> None:

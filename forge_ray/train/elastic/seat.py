@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from forge_ray.errors import StorageError
-from forge_ray.train.lines import Lines, Message
+from forge_ray.train.elastic.lines import Lines, Message
 
 SOCKET, LOG, TASK = "socket", "log.txt", "task.json"
 AGENT_LOCK, KEEPER_LOCK = "agent.lock", "keeper.lock"
@@ -117,7 +117,7 @@ def start_keeper(seat: Path, threads: int) -> None:
     log = (seat / LOG).open("ab")
     with log:
         subprocess.run(
-            [sys.executable, "-m", "forge_ray.train.seat", str(seat)],
+            [sys.executable, "-m", "forge_ray.train.elastic.seat", str(seat)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

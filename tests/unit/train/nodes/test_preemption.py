@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from forge_ray.errors import ConfigError
-from forge_ray.train.preemption import URL_VARIABLE, Notice, Watch, cloud_of
+from forge_ray.train.nodes.preemption import URL_VARIABLE, Notice, Watch, cloud_of
 
 LIMIT_S = 30.0
 AZURE_TAG = "7783-7084-3265-9085-8269-3286-77"
@@ -449,7 +449,7 @@ def refuse(event, args):
             raise OSError("refused by the test")
 sys.addaudithook(refuse)
 from pathlib import Path
-from forge_ray.train.preemption import Watch
+from forge_ray.train.nodes.preemption import Watch
 watch = Watch(sys.argv[1], print, firmware=Path(sys.argv[2]), poll_s=0.001).start()
 limit = time.monotonic() + 30
 while threading.active_count() > 1 and len(asked) < 50 and time.monotonic() < limit:

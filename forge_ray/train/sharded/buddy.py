@@ -33,8 +33,8 @@ from torch import Tensor
 
 from forge_ray.errors import DiskFullError
 from forge_ray.telemetry import say
-from forge_ray.train.group import Group, GroupLost
-from forge_ray.train.sharded import Rows, num_rows, share
+from forge_ray.train.elastic.group import Group, GroupLost
+from forge_ray.train.sharded.worker import Rows, num_rows, share
 
 T = TypeVar("T")
 _PIECE = 1 << 22  # fp32 values that are digested or sent at a time, 16 MiB

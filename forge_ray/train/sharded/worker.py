@@ -37,7 +37,7 @@ from forge_ray.config import AdamWConfig, ModelConfig, MuonConfig, PretrainConfi
 from forge_ray.data.loader import SlotLoader
 from forge_ray.errors import TrainError
 from forge_ray.model.transformer import Transformer, document_mask, rotary_tables
-from forge_ray.train.group import Group, GroupLost
+from forge_ray.train.elastic.group import Group, GroupLost
 from forge_ray.train.loss import mean_loss
 from forge_ray.train.optimizer import Optimizer, rate_frac
 

@@ -18,9 +18,9 @@ from forge_ray.errors import ForgeError, TrainError
 from forge_ray.events import Events
 from forge_ray.storage import Storage
 from forge_ray.train import goodput
+from forge_ray.train.elastic.lines import LIMIT_BYTES, Message
+from forge_ray.train.elastic.membership import Membership, snapshot
 from forge_ray.train.goodput import Ledger
-from forge_ray.train.lines import LIMIT_BYTES, Message
-from forge_ray.train.membership import Membership, snapshot
 
 _TICK_S = 0.5
 _FLUSH_S = 2.0

@@ -15,15 +15,15 @@ import torch
 
 from forge_ray.data.loader import SlotLoader
 from forge_ray.errors import ForgeError
-from forge_ray.train import sharded_loop
-from forge_ray.train.group import GroupLost, store_client
+from forge_ray.train.elastic.group import GroupLost, store_client
+from forge_ray.train.elastic.lines import Message
+from forge_ray.train.elastic.team import STORE_S, Control, Stopped
 from forge_ray.train.guardian import Verdict
-from forge_ray.train.lines import Message
 from forge_ray.train.loop import StepRecord
 from forge_ray.train.record import Log
-from forge_ray.train.sharded_loop import Place
+from forge_ray.train.sharded import loop as sharded_loop
+from forge_ray.train.sharded.loop import Place
 from forge_ray.train.spec import RunSpec
-from forge_ray.train.team import STORE_S, Control, Stopped
 
 
 def train(spec: RunSpec, task: Message, control: Control, device: torch.device) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from forge_ray.train import slots as slots_module
-from forge_ray.train.group import Group, GroupLost
-from forge_ray.train.slots import Assignment, Node, SlotSums, assign, nodes_of, reduce, slots_of
+from forge_ray.train.elastic import slots as slots_module
+from forge_ray.train.elastic.group import Group, GroupLost
+from forge_ray.train.elastic.slots import Assignment, Node, SlotSums, assign, nodes_of, reduce, slots_of
 from tests.unit.train.groups import Peer, in_group, in_processes
 
 SLOTS = 16

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from forge_ray.train.group import Group, GroupLost
+from forge_ray.train.elastic.group import Group, GroupLost
 from forge_ray.train.state import offsets
 
 Node = tuple[int, int]

@@ -20,7 +20,7 @@ from forge_ray import garbage
 from forge_ray.artifact import Artifact, FileEntry, Manifest, Workspace, cache_folder, digest_bytes
 from forge_ray.errors import ArtifactError, CorruptError, ForgeError
 from forge_ray.telemetry import say
-from forge_ray.train.pieces import OPTIMIZER, WEIGHTS, assemble
+from forge_ray.train.saving.pieces import OPTIMIZER, WEIGHTS, assemble
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ import torch
 from forge_ray.artifact import Artifact, Manifest, Workspace
 from forge_ray.errors import CorruptError, StorageError
 from forge_ray.storage import Storage
-from forge_ray.train.checkpoint import DISK, OPTIMIZER, STATE, STORE, WEIGHTS, Checkpoints, Tiers, load_tensors
+from forge_ray.train.saving.checkpoint import DISK, OPTIMIZER, STATE, STORE, WEIGHTS, Checkpoints, Tiers, load_tensors
 
 
 def save(checkpoints: Checkpoints, step: int, keep: int = 3, value: float | None = None) -> Artifact:

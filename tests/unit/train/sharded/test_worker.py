@@ -18,15 +18,15 @@ from forge_ray.config import ModelConfig, PretrainConfig
 from forge_ray.data.loader import SlotLoader
 from forge_ray.errors import DiskFullError, TrainError
 from forge_ray.model.transformer import Transformer, document_mask, load_weights
-from forge_ray.train import buddy
-from forge_ray.train.buddy import Buddy
-from forge_ray.train.checkpoint import Checkpoints
-from forge_ray.train.group import Group
+from forge_ray.train.elastic.group import Group
 from forge_ray.train.loss import mean_loss
 from forge_ray.train.optimizer import Optimizer, rate_frac
-from forge_ray.train.pieces import Pieces, assemble
-from forge_ray.train.saving import commit_pieces, save_piece
-from forge_ray.train.sharded import Rows, ShardedOptimizer, ShardedWorker, _Named, form, share
+from forge_ray.train.saving.checkpoint import Checkpoints
+from forge_ray.train.saving.pieces import Pieces, assemble
+from forge_ray.train.saving.saver import commit_pieces, save_piece
+from forge_ray.train.sharded import buddy
+from forge_ray.train.sharded.buddy import Buddy
+from forge_ray.train.sharded.worker import Rows, ShardedOptimizer, ShardedWorker, _Named, form, share
 from tests.unit.train import groups
 from tests.unit.train.groups import Peer
 

@@ -24,16 +24,16 @@ from forge_ray.artifact import Artifact
 from forge_ray.data.loader import SlotLoader
 from forge_ray.errors import ArtifactError, ForgeError, StorageError
 from forge_ray.telemetry import say
-from forge_ray.train import buddy
-from forge_ray.train.buddy import Buddy, in_background
-from forge_ray.train.checkpoint import STATE, Checkpoints
-from forge_ray.train.group import Group, GroupLost
+from forge_ray.train.elastic.group import Group, GroupLost
 from forge_ray.train.guardian import Guardian, Verdict, checkpoint_before
 from forge_ray.train.loop import StepRecord
 from forge_ray.train.optimizer import rate_frac
-from forge_ray.train.pieces import Pieces
-from forge_ray.train.saving import commit_pieces, save_piece
-from forge_ray.train.sharded import ShardedWorker, form
+from forge_ray.train.saving.checkpoint import STATE, Checkpoints
+from forge_ray.train.saving.pieces import Pieces
+from forge_ray.train.saving.saver import commit_pieces, save_piece
+from forge_ray.train.sharded import buddy
+from forge_ray.train.sharded.buddy import Buddy, in_background
+from forge_ray.train.sharded.worker import ShardedWorker, form
 from forge_ray.train.spec import RunSpec
 
 COPY_FRAC = 0.01  # of the time goes into copies in memory, at most

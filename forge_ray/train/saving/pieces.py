@@ -23,7 +23,7 @@ from forge_ray.errors import CorruptError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from forge_ray.train.sharded import Rows
+    from forge_ray.train.sharded.worker import Rows
 
 WEIGHTS, OPTIMIZER, LAYOUT = "model.safetensors", "optimizer.safetensors", "layout.json"
 

@@ -34,11 +34,21 @@ from forge_ray.artifact import ACTIVE_S, Artifact, FileEntry, Workspace, digest_
 from forge_ray.config import PretrainConfig
 from forge_ray.errors import ForgeError
 from forge_ray.telemetry import say
-from forge_ray.train.checkpoint import DISK, OPTIMIZER, STATE, STORE, WEIGHTS, Checkpoints, Stored, Tiers, blob_name
-from forge_ray.train.pieces import LAYOUT, layout_of, piece_name
+from forge_ray.train.saving.checkpoint import (
+    DISK,
+    OPTIMIZER,
+    STATE,
+    STORE,
+    WEIGHTS,
+    Checkpoints,
+    Stored,
+    Tiers,
+    blob_name,
+)
+from forge_ray.train.saving.pieces import LAYOUT, layout_of, piece_name
 
 if TYPE_CHECKING:
-    from forge_ray.train.sharded import Rows
+    from forge_ray.train.sharded.worker import Rows
 
 _DISK_GRACE_S = 600.0
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from forge_ray.train import guardian
-from forge_ray.train.group import Group, GroupLost, store_client
+from forge_ray.train.elastic.group import Group, GroupLost, store_client
+from forge_ray.train.elastic.lines import Lines, Message
+from forge_ray.train.elastic.slots import Assignment, assign
 from forge_ray.train.guardian import Verdict
-from forge_ray.train.lines import Lines, Message
 from forge_ray.train.loop import Worker
-from forge_ray.train.slots import Assignment, assign
 
 _BEAT_S = 1.0
 STORE_S = 20.0

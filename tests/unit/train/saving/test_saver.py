@@ -21,9 +21,9 @@ from forge_ray.artifact import Workspace
 from forge_ray.config import PretrainConfig
 from forge_ray.errors import DiskFullError, StorageError
 from forge_ray.storage import Storage
-from forge_ray.train import saving
-from forge_ray.train.checkpoint import DISK, STORE, Checkpoints, Tiers
-from forge_ray.train.saving import Image, Saver
+from forge_ray.train.saving import saver as saving
+from forge_ray.train.saving.checkpoint import DISK, STORE, Checkpoints, Tiers
+from forge_ray.train.saving.saver import Image, Saver
 
 SLOW = PretrainConfig(checkpoint_every_s=20, disk_every_s=5, checkpoints_kept=2)
 LIMIT_S = 30

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from forge_ray.train.lines import Message
+from forge_ray.train.elastic.lines import Message
 
 _SETTLE_S = 0.3  # newcomers within this time join together
 _GATHER_S = 1.0  # at the start, and after everybody was lost

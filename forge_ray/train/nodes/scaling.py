@@ -29,7 +29,7 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Scalin
 from ray.train.v2._internal.execution.worker_group import WorkerGroupState
 
 from forge_ray.errors import TrainError
-from forge_ray.train.placement import AgentTrainer, Placement
+from forge_ray.train.nodes.placement import AgentTrainer, Placement
 
 logger = logging.getLogger("ray.train")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from forge_ray.train.membership import Membership
+from forge_ray.train.elastic.membership import Membership
 
 HOST = "torch, avx512"
 

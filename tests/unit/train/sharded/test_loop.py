@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 from forge_ray.errors import ForgeError, StorageError
-from forge_ray.train import sharded_loop
-from forge_ray.train.checkpoint import Checkpoints
-from forge_ray.train.group import GroupLost
+from forge_ray.train.elastic.group import GroupLost
 from forge_ray.train.guardian import Verdict
 from forge_ray.train.loop import StepRecord
-from forge_ray.train.sharded import ShardedWorker
-from forge_ray.train.sharded_loop import Place, run
+from forge_ray.train.saving.checkpoint import Checkpoints
+from forge_ray.train.sharded import loop as sharded_loop
+from forge_ray.train.sharded.loop import Place, run
+from forge_ray.train.sharded.worker import ShardedWorker
 from forge_ray.train.spec import RunSpec
 from tests.unit.train import groups
 from tests.unit.train.groups import Peer

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from forge_ray.errors import ForgeError, LostError
-from forge_ray.train import seat
-from forge_ray.train.lines import Lines, Message
-from forge_ray.train.preemption import Notice, Watch
+from forge_ray.train.elastic import seat
+from forge_ray.train.elastic.lines import Lines, Message
+from forge_ray.train.nodes.preemption import Notice, Watch
 
 _WAIT_S = 0.2
 _KEEPER_S = 120.0
@@ -78,7 +78,7 @@ class _Agent:
 
     def on_notice(self, notice: Notice) -> None:
         """The node will be taken away: the seat drains, and Ray gives it nothing more."""
-        from forge_ray.train import scaling
+        from forge_ray.train.nodes import scaling
 
         why = f"{notice.kind}: {notice.action}"
         keeper = self._keeper

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from forge_ray.artifact import Artifact, Workspace
 from forge_ray.errors import CorruptError
-from forge_ray.train.checkpoint import OPTIMIZER, STATE, WEIGHTS, Checkpoints, Tiers
-from forge_ray.train.pieces import Pieces, assemble
-from forge_ray.train.saving import commit_pieces, save_piece
-from forge_ray.train.sharded import Rows, share
+from forge_ray.train.saving.checkpoint import OPTIMIZER, STATE, WEIGHTS, Checkpoints, Tiers
+from forge_ray.train.saving.pieces import Pieces, assemble
+from forge_ray.train.saving.saver import commit_pieces, save_piece
+from forge_ray.train.sharded.worker import Rows, share
 
 SHAPES = {"big": (10, 3), "thin": (2, 5), "norm": (7,)}
 WHOLE = {name: torch.arange(torch.Size(shape).numel()).float().view(shape) for name, shape in SHAPES.items()}

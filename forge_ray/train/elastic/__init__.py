@@ -1,0 +1,1 @@
+"""Who trains together: seats, groups that follow each other, and one sum whoever computed its parts."""

@@ -1,0 +1,1 @@
+"""Training of models that do not fit one worker (FSDP2)."""
