@@ -63,18 +63,21 @@ from tests.integration import chaos  # noqa: E402
 GOAL, GOAL_STALL_S = 0.97, 2.0
 SEED, SLOTS, CALIBRATION_STEPS = 0, 8, 60
 OURS, RAY, TORCHFT = "ours", "ray", "torchft"
-START_S, LONGEST_STEP_S = 240.0, 5.0
+START_S, LONGEST_STEP_S, ENDLESS = 240.0, 5.0, 1_000_000
 Row = dict[str, Any]
 
 SERVICES = ("ec2", "glue", "iam", "lambda", "quicksight", "rds", "redshift", "s3", "sagemaker", "sns", "ssm", "wafv2")
 INGEST = {"sources": [{"kind": "botocore", "services": SERVICES}], "held_out_frac": 0.0, "held_out_groups": ["sns"]}
 TOKENIZER = {"vocab_size": 4096, "sample_bytes": 4_000_000}
 MODEL = {"num_layers": 4, "d_model": 256, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "d_ff": 640}
+# One rate from the first step to the last, so that a run's loss at a step does not depend on how many it has.
 PRETRAIN: Row = {
     "slots": SLOTS,
     "micro_batch": 2,
     "seq_len": 256,
-    "optimizer": {"kind": "adamw", "learning_rate": 0.002},
+    "optimizer": {"kind": "adamw", "learning_rate": 0.001},
+    "warmup_frac": 0.0,
+    "decay_frac": 0.0,
     "seed": SEED,
     "min_workers": 1,
 }
@@ -243,7 +246,7 @@ class Peer(Side):
             "workspace": str(bench.workspace),
             "shards_ref": bench.shards_ref,
             "model": MODEL,
-            "pretrain": PRETRAIN | {"steps": steps, "max_workers": cell.workers},
+            "pretrain": PRETRAIN | {"steps": ENDLESS, "max_workers": cell.workers},
             "precision": bench.precision,
             "workers": cell.workers,
             "checkpoint_every_steps": max(1, round(PEER_CHECKPOINT_S[cell.side] / bench.step_s)),
@@ -345,8 +348,7 @@ class Bench:
                 end_s += LONGEST_STEP_S * steps
             _wait(side, end_s - time.time(), lambda: False)
             found, rows = side.result(), side.rows()
-        last = max(rows, key=lambda row: row["step"])
-        measured = (begin_s, last["time_s"] if last["step"] == steps else end_s)
+        measured = (begin_s, rows[-1]["time_s"] if cell.side == OURS else end_s)
         return found | analyse(rows, kills, measured, cell, self.size) | {"kills": kills} | asdict(cell)
 
 
@@ -407,7 +409,7 @@ def analyse(rows: list[Row], kills: list[Row], measured: tuple[float, float], ce
     What had not come back when the measurement ended counts as if it had then.
     """
     begin_s, end_s = measured
-    hits_s = [kill["time_s"] for kill in kills if "missed" not in kill]
+    hits_s = [kill["time_s"] for kill in kills if "missed" not in kill and kill["time_s"] < end_s]
     for row in rows:  # what was published by another worker after a kill was done before it
         if "written_s" in row:
             row["time_s"] = min(row["time_s"], max((hit for hit in hits_s if hit <= row["written_s"]), default=end_s))
@@ -436,8 +438,8 @@ def analyse(rows: list[Row], kills: list[Row], measured: tuple[float, float], ce
         "lost_frac": (again + aborted) / len(committed),
         "untrained_frac": 1 - sum(row["tokens"] for row in whole) / (full_tokens * max(1, len(whole))),
         "steps": newest,
-        "final_loss": statistics.fmean(row["loss"] for row in committed[-20:]),
-        "missed_kills": len(kills) - len(hits_s),
+        "loss": [round(row["loss"], 4) for row in committed],
+        "missed_kills": sum("missed" in kill for kill in kills),
     }
 
 
@@ -525,6 +527,7 @@ def summary(runs: list[Row]) -> Row:
         "tokens_per_s": [run["tokens_per_s"] for run in runs],
         "steps": [run["steps"] for run in runs],
         "final_loss": round(statistics.fmean(run["final_loss"] for run in runs), 4),
+        "loss_at_step": [run["loss_at_step"] for run in runs],
     }
     if "loss_undisturbed" in runs[0]:
         found["loss_undisturbed"] = round(statistics.fmean(run["loss_undisturbed"] for run in runs), 4)
@@ -634,13 +637,15 @@ def measure(bench: Bench, options: argparse.Namespace) -> list[Row]:
         say(f"a step of ours takes {bench.step_s:.3f} s")
     for cell in cells(options, size):
         seconds = size.warm_s + cell.pairs * (size.quiet_s + size.faults_s)
-        steps = round(seconds / bench.step_s)
+        steps = round(1.05 * seconds / bench.step_s)
         reference: Row = {}
         if with_ours:
             reference = finished.get(f"{name} undisturbed {steps}", partial(bench.undisturbed, 4, steps))
         run = finished.get(f"{name} {cell}", partial(bench.disturbed, cell, steps))
+        # Peers may get further than ours: losses are compared at the last step that both have done.
+        upto = min(run["steps"], steps) if reference else run["steps"]
+        run |= {"loss_at_step": upto, "final_loss": statistics.fmean(run["loss"][max(0, upto - 20) : upto])}
         if reference:
-            upto = min(run["steps"], steps)
             run["loss_undisturbed"] = statistics.fmean(reference["loss"][max(0, upto - 20) : upto])
         if "sha256" in run:
             run["sha256_undisturbed"] = reference["sha256"]

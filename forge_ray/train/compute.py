@@ -68,7 +68,7 @@ def main(task: Message, connection: socket.socket) -> None:
 def _train(spec: RunSpec, task: Message, control: Control, device: torch.device) -> None:
     worker = build(spec, device)
     record = Record(spec, worker, control)
-    team = Team(control, task["address"], device, record.resume, record.on_formed, record.distrust)
+    team = Team(control, task["address"], device, record.resume, record.on_formed, record.distrust, record.stored)
     record.team = team
     try:
         loop.fit(worker, team, record.on_step, record.on_verdict)

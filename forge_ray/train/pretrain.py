@@ -315,6 +315,8 @@ def _metrics(spec: RunSpec, state: dict[str, Any], curve: dict[str, list[Any]]) 
         "final_train_loss": sum(tail) / max(len(tail), 1),
         "tokens_per_s": tokens_per_step / step_s,
         "precision": spec.precision,
+        "reduction": config.reduction,
+        "bits_depend_on": state["host_class"],
         "vocab_size": vocab_size,
         "train_flops": train_flops_per_token(spec.model, vocab_size, config.seq_len) * config.steps * tokens_per_step,
     }

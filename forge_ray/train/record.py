@@ -131,6 +131,10 @@ class Record:
             )
             self._log.add("bits", step=worker.step, before=state["host_class"], now=self._control.host_class)
 
+    def stored(self) -> int:
+        """The step of the newest checkpoint that this worker can read; -1 if there is none."""
+        return max((step for step, _ in self._saver.tiers.candidates()), default=-1)
+
     def distrust(self, step: int) -> None:
         """Takes back the checkpoints after a step: a worker whose memory failed had a part in them."""
         with contextlib.suppress(ForgeError):

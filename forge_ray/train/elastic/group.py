@@ -3,6 +3,8 @@
 A group is formed anew in milliseconds whenever its members change; nothing global is set up, so that an old group, with
 a call still stuck in it, can be left behind. Owns forming, the collective calls and their interruption. Who is a
 member is the coordinator's business.
+
+No test executes without a GPU: NCCL in `_connect`. Exact mode there also needs deterministic kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
 # A call that waits for a peer which the network has lost without a word; the coordinator finds out long before.
 _TIMEOUT = timedelta(minutes=30)
-_POLL_S = 0.5
+_POLL_S = 0.1
 # Groups with a call still in flight: to destroy one waits for the call, or, from gloo's own thread, aborts the process.
 _LEFT_BEHIND: list[Any] = []
 
@@ -40,7 +42,7 @@ class Group:
         rank: This process.
         size: Members.
         device: Where tensors live that are sent.
-        interrupted: Asked twice a second while waiting: whether this group is to be left behind.
+        interrupted: Asked ten times a second while waiting: whether this group is to be left behind.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ _CONNECT_S = 3.0
 _DUMP_S = 10.0
 _SHORT_LIFE_S = 2.0
 _LONGEST_PAUSE_S = 5.0
-_STOP_S = 15.0
+_STOP_S = 60.0  # the step under way, and a last checkpoint
 _TAIL_BYTES = 4000
 _PR_SET_NAME, _PR_SET_PDEATHSIG = 15, 1
 

@@ -137,6 +137,7 @@ class Team:
         resume: Gives a worker the newest checkpoint's state, or a new run's; or that which a verdict wants.
         on_formed: Called when a group stands, with what there is to tell of it.
         distrust: Takes back all checkpoints after a step.
+        stored: The step of the newest checkpoint that this worker can read, on its own disk or in the store.
     """
 
     def __init__(
@@ -147,10 +148,11 @@ class Team:
         resume: Callable[[Worker, Verdict | None], None],
         on_formed: Callable[[Worker, Message], None],
         distrust: Callable[[int], None],
+        stored: Callable[[], int],
     ) -> None:
         self.group, self.generation, self.rank = Group.alone(device), 0, 0
         self._control, self._address, self._device = control, address, device
-        self._resume, self._on_formed, self._distrust = resume, on_formed, distrust
+        self._resume, self._on_formed, self._distrust, self._stored = resume, on_formed, distrust, stored
         self._trusted_step = 0
         self._formed = self._due = False
         self._members: list[str] = []
@@ -280,7 +282,8 @@ class Team:
         """The same state on all members; what each holds of the step that follows."""
         progress = self.group.gather_json(_progress(worker))
         if max(progress) == _NOTHING:
-            if self.rank == 0:
+            stored = self.group.gather_json(self._stored())
+            if self.rank == stored.index(max(stored)):
                 self._resume(worker, None)
             progress = self.group.gather_json(_progress(worker))
         newest = max(progress)

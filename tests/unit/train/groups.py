@@ -42,7 +42,7 @@ class Peer:
         return Group.form(store, members.index(self.number), len(members), torch.device("cpu"), ADDRESS)
 
 
-def in_processes(count: int, body: Callable[[Peer], T], limit_s: float = 10.0) -> list[T]:
+def in_processes(count: int, body: Callable[[Peer], T], limit_s: float = 60.0) -> list[T]:
     """What `body` returns in each of `count` processes; fails with the first traceback, or when the time is over."""
     fork = multiprocessing.get_context("fork")
     ends, processes = [], []
@@ -63,7 +63,7 @@ def in_processes(count: int, body: Callable[[Peer], T], limit_s: float = 10.0) -
                 process.join()
 
 
-def in_group(size: int, body: Callable[[Group], T], limit_s: float = 10.0) -> list[T]:
+def in_group(size: int, body: Callable[[Group], T], limit_s: float = 60.0) -> list[T]:
     """What `body` returns on each rank of one group."""
     return in_processes(size, lambda peer: body(peer.form(0, range(size))), limit_s)
 
