@@ -26,7 +26,9 @@ fewer samples while a worker is gone: only what it did train counts.
 
 PYTHON is an interpreter with our packages and torchft:
 
-    python -m venv peer; peer/bin/pip install --no-deps -r requirements.lock torchft==0.2.0
+    python -m venv peer
+    peer/bin/pip install --no-deps -r requirements.lock
+    peer/bin/pip install --no-deps torchft==0.2.0
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`--supervise` over real training: the driver killed, Ray's head lost, Ctrl-C. Nobody but the supervisor helps."""
+"""`--supervise` over real training: the driver killed, Ray's head lost. Nobody but the supervisor helps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -105,17 +104,6 @@ def test_a_killed_driver_is_started_again_and_the_run_comes_to_its_end(shards: F
 
 def _successor(run: Run, first: psutil.Process) -> bool:
     return any(child.pid != first.pid for child in psutil.Process(run.process.pid).children())
-
-
-def test_an_interrupt_ends_supervisor_driver_and_cluster(shards: Forge, tmp_path: Path) -> None:
-    with supervised(shards.in_copy(tmp_path), tmp_path) as run:
-        below = psutil.Process(run.process.pid).children(recursive=True)
-        os.kill(run.process.pid, signal.SIGINT)
-        assert run.process.wait(90) == 130, run.stderr[-3000:]
-        psutil.wait_procs(below, timeout=30)
-        left = [each for each in below if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
-    assert left == []
-    assert "starts again" not in run.stderr
 
 
 def test_a_lost_head_is_waited_for(shards: Forge, tmp_path: Path) -> None:

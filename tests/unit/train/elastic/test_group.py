@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from pathlib import Path
@@ -51,8 +52,7 @@ def test_the_death_of_a_member_raises_on_all_others_and_they_form_the_next_group
                 return "gone"
             os._exit(0)
         with pytest.raises(GroupLost):
-            while True:
-                group.gather_json("still here")
+            list(map(group.gather_json, itertools.repeat("still here")))
         group.leave()
         with pytest.raises(GroupLost, match="left"):
             group.gather_json("again")
