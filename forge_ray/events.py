@@ -34,7 +34,7 @@ class Events:
         self._rows, self._published = list(rows), 0
 
     def add(self, kind: str, **fields: Any) -> None:
-        """Keeps a record; `flush` publishes it. From any thread."""
+        """Keeps a record; `flush` publishes it. From any thread. `time_s` may be given, of what happened before."""
         row = json.dumps({"time_s": round(time.time(), 3), "event": kind, **fields})
         with self._changing:
             self._rows.append(row)

@@ -53,12 +53,12 @@ class Log:
 
     def repeat(self) -> None:
         """Keeps the last steps once more: what a rank 0 that is lost had not published."""
-        for _, record in self._recent:
-            self._events.add("step", **record.as_dict(), again=True)
+        for time_s, record in self._recent:
+            self._events.add("step", **record.as_dict(), again=True, time_s=round(time_s, 3))
 
     def step(self, record: StepRecord, rank: int) -> None:
         """A step is committed."""
-        now_s = time.monotonic()
+        now_s = time.time()
         self._recent.append((now_s, record))
         while now_s - self._recent[0][0] > _KEPT_S:
             self._recent.popleft()

@@ -83,6 +83,10 @@ class Coordinator:
         """Generation, members and seats."""
         return snapshot(self._membership)
 
+    async def tell(self, seat: str, why: str) -> None:
+        """An agent's keeper did not come up."""
+        self._record({"event": "seat", "seat": seat, "host": "", "what": "failed to start", "why": why})
+
     async def ended(self) -> bool:
         """Whether agents have nothing more to do."""
         return self._membership.done or self._error is not None or self._stopping

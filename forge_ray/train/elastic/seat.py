@@ -91,7 +91,7 @@ def claim(run_id: str, task: Message) -> Iterator[tuple[Path, bool]]:
             seat.mkdir(exist_ok=True)
             lock = stack.enter_context((seat / AGENT_LOCK).open("ab"))
             if _lock(lock):  # no other agent has it
-                kept = _is_kept(seat)
+                kept = is_kept(seat)
                 if kept and _task_of(seat) == task:
                     if empty:
                         empty[1].close()
@@ -154,7 +154,7 @@ def _lock(file: IO[bytes]) -> bool:
     return True
 
 
-def _is_kept(seat: Path) -> bool:
+def is_kept(seat: Path) -> bool:
     """Whether a keeper lives there, or is about to."""
     with (seat / KEEPER_LOCK).open("ab") as lock:
         return not _lock(lock)

@@ -91,16 +91,23 @@ class _Agent:
         seat.start_keeper(self._folder, self._threads)
 
     def _attach(self) -> Lines:
+        """A connection to the keeper, some seconds after it was started.
+
+        Raises:
+            LostError: It ended, or takes too long.
+        """
         deadline_s = time.monotonic() + _KEEPER_S
-        while time.monotonic() < deadline_s:
+        while time.monotonic() < deadline_s and seat.is_kept(self._folder):
             found = seat.attach(self._folder)
             if found:
                 return found
             time.sleep(0.05)
+        why = (seat.tail(self._folder).strip() or "it said nothing")[-1000:]
+        self._ask("tell", self._folder.name, why)
         raise LostError(
             "a node's compute process does not start",
-            got=seat.tail(self._folder) or "no word from it",
-            do="see the log above; memory and a full /tmp are the usual causes",
+            got=why,
+            do="memory and a full /tmp are the usual causes; Ray starts another agent",
         )
 
     def _introduce(self, keeper: Lines) -> None:
@@ -110,12 +117,12 @@ class _Agent:
             address, token = found
             keeper.send({"kind": "attach", "coordinator": address, "token": token})
 
-    def _ask(self, method: str) -> Any:
+    def _ask(self, method: str, *args: Any) -> Any:
         """What the coordinator answers; none while it is not there."""
         import ray
 
         try:
-            return ray.get(getattr(self._coordinator, method).remote(), timeout=_WAIT_S * 50)
+            return ray.get(getattr(self._coordinator, method).remote(*args), timeout=_WAIT_S * 50)
         except (ray.exceptions.RayError, ForgeError):
             return None
 
