@@ -25,7 +25,7 @@ from forge_ray.artifact import Artifact, Workspace
 from forge_ray.data.shards import ShardIndex
 from forge_ray.events import Events
 from forge_ray.storage import Storage
-from forge_ray.train.pretrain import CURVE
+from forge_ray.train.pretrain import CURVE, REPORT
 from tests.integration.conftest import ROOT, Finished, Forge, clean_environment, kill_tree, wait_for
 from tests.integration.stores import ELSEWHERE, SERVERS, Server, make_bucket
 
@@ -355,8 +355,8 @@ def _same_as_quiet(place: Place, name: str, quiet: Finished) -> None:
         for stage in STEPS_OF:
             assert found["stages"][stage]["ref"] == quiet.result["stages"][stage]["ref"]
             mine, others = (place.artifact(each, quiet, stage) for each in (name, "quiet"))
-            wanted = [entry for entry in others.manifest.files if entry.name != CURVE]  # it has times
-            assert [entry for entry in mine.manifest.files if entry.name != CURVE] == wanted, stage
+            wanted = [entry for entry in others.manifest.files if entry.name not in (CURVE, REPORT)]  # they have times
+            assert [entry for entry in mine.manifest.files if entry.name not in (CURVE, REPORT)] == wanted, stage
             for entry in wanted:
                 mine.local_path(entry.name)
 
