@@ -27,6 +27,7 @@ from forge_ray.events import Events
 from forge_ray.storage import Storage
 from forge_ray.train.pretrain import CURVE, REPORT
 from tests.integration.conftest import ROOT, Finished, Forge, clean_environment, kill_tree, wait_for
+from tests.integration.crew import processes
 from tests.integration.stores import ELSEWHERE, SERVERS, Server, make_bucket
 
 FOLDERS = ("mail", "site", "tables")
@@ -298,6 +299,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint_in_the_store_within_its_cache(
             _wait_for(server, driver, "killed", "/checkpoints/")
         finally:
             kill_tree(driver)
+            for keeper in processes("forge-seat", run):  # or the workers would go on by themselves
+                keeper.kill()
         saved = [int(name[-13:-5]) for name in storage.list(f"runs/{run}/checkpoints")]
         assert 0 < max(saved) < STEPS
         driver, most_bytes = _started(s3, forge), 0
