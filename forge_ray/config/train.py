@@ -152,7 +152,7 @@ class PretrainConfig(Section):
     checkpoint_every_s: Annotated[float, Field(gt=0.0), OPERATIONAL] = 20.0
     """Seconds between checkpoints in the workspace; a run that loses all its workers at once repeats at most this much,
     and less where a worker's own disk holds a newer one."""
-    disk_every_s: Annotated[float, Field(gt=0.0), OPERATIONAL] = 5.0
+    disk_every_s: Annotated[float, Field(gt=0.0), OPERATIONAL] = 10.0
     """Seconds between checkpoints on a worker's own disk, where the workspace is an object store."""
     checkpoints_kept: Annotated[Positive, OPERATIONAL] = 3
     """Newest checkpoints that stay; older ones are deleted."""

@@ -136,11 +136,11 @@ class Record:
         return max((step for step, _ in self._saver.tiers.candidates()), default=-1)
 
     def distrust(self, step: int) -> None:
-        """Takes back the checkpoints after a step: a worker whose memory failed had a part in them."""
+        """Takes back the checkpoints after a step, on every worker: what they hold is not to be gone back to."""
         with contextlib.suppress(ForgeError):
             self._saver.finish()
-        self._log.add("distrust", after=step)
-        self._saver.tiers.drop_after(step)
+        with contextlib.suppress(ForgeError):  # others do the same; who comes second finds nothing
+            self._saver.tiers.drop_after(step)
 
     def on_formed(self, worker: Worker, about: Message) -> None:
         """A group stands, on every worker."""
@@ -183,7 +183,7 @@ class Record:
         self._saver.finish()
 
     def _before(self, verdict: Verdict) -> Saved:
-        """The checkpoint that a rollback goes to; later ones are taken back."""
+        """The checkpoint that a rollback goes to."""
         with contextlib.suppress(ForgeError):
             self._saver.finish()
         candidates = self._saver.tiers.candidates()
@@ -196,7 +196,6 @@ class Record:
                 say(f"  checkpoint {step} ({tier}) is passed over: {error}")
                 candidates.remove((step, tier))
                 continue
-            self._saver.tiers.drop_after(step)
             return found
 
     def _extra(self) -> dict[str, Any]:

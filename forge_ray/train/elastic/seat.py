@@ -37,6 +37,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import setproctitle
+
 from forge_ray.errors import StorageError
 from forge_ray.train.elastic.lines import Lines, Message
 
@@ -391,12 +393,8 @@ class Keeper:
 
 def name_process(name: str) -> None:
     """What `ps` and `top` show of this process: its whole command line, and its first word of 15 bytes."""
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_NAME, name.split()[0].encode()[:15], 0, 0, 0)
-    with contextlib.suppress(ImportError):
-        import setproctitle
-
-        setproctitle.setproctitle(name)
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.split()[0].encode()[:15], 0, 0, 0)
+    setproctitle.setproctitle(name)
 
 
 def _die_with(parent_pid: int) -> None:

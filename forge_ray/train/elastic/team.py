@@ -136,7 +136,7 @@ class Team:
         device: Where the state lives.
         resume: Gives a worker the newest checkpoint's state, or a new run's; or that which a verdict wants.
         on_formed: Called when a group stands, with what there is to tell of it.
-        distrust: Takes back all checkpoints after a step.
+        distrust: Takes back all checkpoints after a step, in the store and on this worker's disk.
         stored: The step of the newest checkpoint that this worker can read, on its own disk or in the store.
     """
 
@@ -207,6 +207,7 @@ class Team:
         earlier = worker.guardian.state()
         worker.guardian.load(judged)
         worker.guardian.roll_back(verdict, worker.step, earlier)
+        self._distrust(worker.step)
 
     def compare(self, worker: Worker) -> None:
         """Compares the members' states bit by bit, by digest.
@@ -223,8 +224,7 @@ class Team:
         if not odd:
             self._trusted_step = worker.step
             return
-        if self.rank == min(set(range(self.group.size)) - set(odd), default=0):
-            self._distrust(self._trusted_step)
+        self._distrust(self._trusted_step)
         if self.rank in odd:
             raise Odd(f"step {worker.step}: digest {digests[self.rank]:x} among {[f'{d:x}' for d in digests]}")
         worker.step = -1

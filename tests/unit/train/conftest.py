@@ -75,6 +75,7 @@ class Recorded(Alone):
         earlier = worker.guardian.state()
         worker.guardian.load(judged)
         worker.guardian.roll_back(verdict, worker.step, earlier)
+        self.record.distrust(worker.step)
 
 
 @pytest.fixture
