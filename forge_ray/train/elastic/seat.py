@@ -34,6 +34,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,6 +49,7 @@ _TICK_S = 0.5
 _CONNECT_S = 3.0
 _DUMP_S = 10.0
 _SHORT_LIFE_S = 2.0
+_IDLE_ORPHAN_S = 10.0  # with nothing to go on with there is nothing to wait for
 _LONGEST_PAUSE_S = 5.0
 _STOP_S = 60.0  # the step under way, and a last checkpoint
 _TAIL_BYTES = 4000
@@ -195,7 +197,7 @@ class Keeper:
         self._pause_s = 0.0
         self._orphan_since_s = time.monotonic()
         self._stopping_s: float | None = None
-        self._over = False
+        self._over = self._at_work = False
         self._selector = selectors.DefaultSelector()
 
     def run(self) -> None:
@@ -225,7 +227,7 @@ class Keeper:
             self._orphan_since_s = now_s
             if not self._coordinator:
                 self._connect()
-        elif now_s - self._orphan_since_s > self._task["orphan_s"]:
+        elif now_s - self._orphan_since_s > min(self._task["orphan_s"], inf if self._at_work else _IDLE_ORPHAN_S):
             print("nobody came for this seat: it ends", flush=True)
             self._stop()
 
@@ -305,7 +307,7 @@ class Keeper:
     def _fork(self) -> None:
         mine, theirs = socket.socketpair()
         keeper_pid = os.getpid()
-        self._born_s = time.monotonic()
+        self._born_s, self._at_work = time.monotonic(), False
         pid = os.fork()
         if pid == 0:
             code = 1
@@ -338,6 +340,7 @@ class Keeper:
                 self._child = None
             return
         for message in messages:
+            self._at_work |= message.get("state") == "in"
             self._tell({**message, "pid": self._pid})
 
     def _reap(self) -> None:
