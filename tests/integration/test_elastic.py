@@ -19,7 +19,7 @@ from tests.integration.crew import Crew, wait_for
 from tests.unit.train.tiny_corpus import publish
 
 MODEL = ModelConfig(num_layers=2, d_model=64, num_heads=2, num_kv_heads=1, head_dim=64, d_ff=128)
-STEPS = 160
+STEPS = 240
 Make = Callable[..., Crew]
 
 
@@ -164,7 +164,7 @@ def test_sharded_workers_go_on_from_their_neighbours_memory(make: Make) -> None:
     def losses(crew: Crew) -> dict[int, float]:
         return {row["step"]: row["loss"] for row in crew.events("step")}
 
-    options = {"reduction": "fast", "steps": 60, "checkpoint_every_s": 1000.0, "hang_s": 20.0}
+    options = {"reduction": "fast", "steps": 90, "checkpoint_every_s": 1000.0, "hang_s": 20.0}
     with make(**options) as crew:
         crew.call(*crew.prepare(1))
         crew.wait_end()
@@ -181,5 +181,5 @@ def test_sharded_workers_go_on_from_their_neighbours_memory(make: Make) -> None:
         together = losses(crew)
         tiers = {row["tier"] for row in crew.events("form") if row["step"]}
     assert tiers == {"memory"}, "no checkpoint was in the store"
-    assert together.keys() == alone.keys() == set(range(1, 61))
+    assert together.keys() == alone.keys() == set(range(1, 91))
     assert all(abs(together[step] - alone[step]) < 1e-3 for step in alone)
