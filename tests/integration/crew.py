@@ -12,8 +12,6 @@ import os
 import shutil
 import signal
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +25,7 @@ from forge_ray.train.elastic.coordinator import Coordinator
 from forge_ray.train.elastic.lines import Lines
 from forge_ray.train.saving.checkpoint import OPTIMIZER, WEIGHTS, Checkpoints
 from forge_ray.train.spec import RunSpec
+from tests.waiting import wait_for
 
 LIMIT_S = 120.0
 ADDRESS = "127.0.0.1"
@@ -253,13 +252,3 @@ def processes(kind: str, run_id: str, name: str = "") -> list[psutil.Process]:
         if words[:2] == [kind, run_id] and (not name or words[2].rpartition("/")[2] == name):
             found.append(process)
     return found
-
-
-def wait_for(what: str, ready: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:
-    """Polls until `ready` gives something true, and returns it."""
-    deadline_s = time.monotonic() + limit_s
-    while time.monotonic() < deadline_s:
-        if found := ready():
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"timed out waiting for {what}")

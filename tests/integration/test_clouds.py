@@ -26,9 +26,10 @@ from forge_ray.data.shards import ShardIndex
 from forge_ray.events import Events
 from forge_ray.storage import Storage
 from forge_ray.train.pretrain import CURVE, REPORT
-from tests.integration.conftest import ROOT, Finished, Forge, clean_environment, kill_tree, wait_for
+from tests.integration.conftest import ROOT, Finished, Forge, clean_environment, kill_tree
 from tests.integration.crew import processes
 from tests.integration.stores import ELSEWHERE, SERVERS, Server, make_bucket
+from tests.waiting import wait_for
 
 FOLDERS = ("mail", "site", "tables")
 JOB = """
@@ -348,7 +349,7 @@ def _wait_for(server: Server, driver: subprocess.Popen[str], name: str, moment: 
         sent = [path for method, path, _ in list(server.proxy.seen) if method in ("PUT", "POST")]
         return any(f"/{name}/" in path and moment in path for path in sent)
 
-    wait_for(moment, seen, timeout_s=120)
+    wait_for(moment, seen, limit_s=120)
 
 
 def _same_as_quiet(place: Place, name: str, quiet: Finished) -> None:

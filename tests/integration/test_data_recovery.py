@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from forge_ray.artifact import Workspace
-from tests.integration.conftest import Forge, clean_environment, kill_tree, wait_for
+from tests.integration.conftest import Forge, clean_environment, kill_tree
+from tests.waiting import wait_for
 
 STAGES = ("ingest", "curate", "tokenizer", "tokenize")
 SOURCES, DOCUMENTS = 6, 200

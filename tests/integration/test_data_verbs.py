@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from forge_ray.artifact import Workspace
-from tests.integration.conftest import LIMIT_S, TINY, Finished, Forge, Head, kill_tree, wait_for
+from tests.integration.conftest import LIMIT_S, TINY, Finished, Forge, Head, kill_tree
 from tests.unit.data.small_job import holders
+from tests.waiting import wait_for
 
 KEY = "botocore:sns/2010-03-31/Publish"
 

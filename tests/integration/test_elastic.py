@@ -15,8 +15,9 @@ import pytest
 from forge_ray.artifact import Workspace
 from forge_ray.config import ModelConfig, PretrainConfig
 from forge_ray.train.spec import RunSpec
-from tests.integration.crew import Crew, wait_for
+from tests.integration.crew import Crew
 from tests.unit.train.tiny_corpus import publish
+from tests.waiting import wait_for
 
 MODEL = ModelConfig(num_layers=2, d_model=64, num_heads=2, num_kv_heads=1, head_dim=64, d_ff=128)
 STEPS = 240

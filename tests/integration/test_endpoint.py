@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from forge_ray.artifact import Workspace
-from tests.integration.conftest import TINY, Finished, Forge, free_port, wait_for
+from tests.integration.conftest import TINY, Finished, Forge, free_port
+from tests.waiting import wait_for
 
 PROMPT = "Deletes the "
 

@@ -15,8 +15,9 @@ import pytest
 from forge_ray.artifact import Workspace
 from forge_ray.events import Events
 from forge_ray.storage import Storage
-from tests.integration.conftest import TINY, Finished, Forge, clean_environment, kill_tree, wait_for
+from tests.integration.conftest import TINY, Finished, Forge, clean_environment, kill_tree
 from tests.integration.crew import processes
+from tests.waiting import wait_for
 
 LONG = ("--pretrain.steps=600", "--pretrain.checkpoint_every_s=0.5")
 

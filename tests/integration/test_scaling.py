@@ -24,7 +24,8 @@ from ray.cluster_utils import Cluster
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from forge_ray.train.nodes import placement, scaling
-from tests.integration.conftest import ROOT, wait_for
+from tests.integration.conftest import ROOT
+from tests.waiting import wait_for
 
 STORE_BYTES = 80 << 20
 WITNESS = "FORGE_TEST_WITNESS"

@@ -16,7 +16,8 @@ import pytest
 
 from forge_ray.events import Events
 from forge_ray.storage import Storage
-from tests.integration.conftest import ROOT, TINY, Forge, clean_environment, free_port, kill_tree, wait_for
+from tests.integration.conftest import ROOT, TINY, Forge, clean_environment, free_port, kill_tree
+from tests.waiting import wait_for
 
 STEPS = 200
 LONG = (f"--pretrain.steps={STEPS}", "--pretrain.checkpoint_every_s=0.5", "--ray.dashboard=false")

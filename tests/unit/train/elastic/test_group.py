@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from forge_ray.train.elastic.group import Group, GroupLost, store_client, store_server
 from tests.unit.train.groups import ADDRESS, Peer, in_group, in_processes
+from tests.waiting import wait_for
 
 CPU = torch.device("cpu")
 
@@ -62,7 +63,11 @@ def test_the_death_of_a_member_raises_on_all_others_and_they_form_the_next_group
     assert results[0] == results[2] == [0, 2]
 
 
-def test_a_call_that_waits_is_interrupted_when_another_group_takes_its_place(tmp_path: Path) -> None:
+def test_a_call_that_waits_is_interrupted_and_nothing_of_its_group_stays(tmp_path: Path) -> None:
+    def connections() -> list[str]:
+        names = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
+        return [name for name in names if "gloo" in name]
+
     def body(peer: Peer) -> str:
         store = dist.PrefixStore("0", dist.FileStore(peer.store_path, -1))
         over = threading.Event()
@@ -75,7 +80,10 @@ def test_a_call_that_waits_is_interrupted_when_another_group_takes_its_place(tmp
         threading.Timer(0.2, lambda: (over.set(), group.wake())).start()
         with pytest.raises(GroupLost, match="another group"):
             group.gather_json("waiting")
+        assert connections()
+        group.leave()
         (tmp_path / "over").touch()
+        wait_for("the end of gloo's threads", lambda: not connections())
         return "interrupted"
 
     assert in_processes(2, body) == ["interrupted", "idle"]
