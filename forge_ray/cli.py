@@ -34,6 +34,7 @@ from forge_ray.words import (
 
 if TYPE_CHECKING:
     from forge_ray.artifact import Artifact
+    from forge_ray.config import ForgeConfig
     from forge_ray.settings import Resolved
 
 
@@ -186,6 +187,37 @@ def _published_export(resolved: Resolved) -> Artifact:
     raise NotFoundError("this job's model is not published yet", got=f"{planned.ref} in {workspace.uri}", do=do)
 
 
+def _plan(words: Words) -> int:
+    from forge_ray.plan import planner, prices, text
+
+    values, flags = own_flags(words, ("--out",))
+    config = _resolve(replace(words, flags=flags)).config
+    plan = planner.make(config, prices.read(config.plan.prices), _corpus_tokens(config))
+    written = values.get("--out", "")
+    if written:
+        text.write_job(plan.options[0], written)
+    _print_result(words, plan.as_json(), text.as_text(plan) + (f"\n\nwritten to {written}" if written else ""))
+    return 0
+
+
+def _corpus_tokens(config: ForgeConfig) -> float:
+    """Tokens of the training documents: said, guessed from their bytes, or counted in the job's shards."""
+    if config.plan.corpus_tokens or config.plan.corpus_bytes:
+        return config.plan.corpus_tokens or (config.plan.corpus_bytes or 0.0) / config.plan.bytes_per_token
+    if config.ingest.sources:
+        from forge_ray import pipeline
+        from forge_ray.artifact import Workspace
+
+        planned = pipeline.plan(config, "tokenize")[-1]
+        if planned.published:
+            return float(Workspace(config.workspace, config.cache_bytes).get(planned.ref).metrics["train_tokens"])
+    raise ConfigError(
+        "a plan needs to know how much there is to train on",
+        got="neither plan.corpus_tokens nor plan.corpus_bytes, nor token shards that are published",
+        do="add --plan.corpus_bytes 2e9, or run `forge tokenize` with the job and plan with it",
+    )
+
+
 def _show(words: Words) -> int:
     from forge_ray import pipeline, summary
     from forge_ray.artifact import Workspace
@@ -287,6 +319,7 @@ def _doctor(words: Words) -> int:
 VERBS = {
     **dict.fromkeys(STAGE_VERBS, _stage),
     "run": _run,
+    "plan": _plan,
     "serve": _serve,
     "show": _show,
     "data": _data,

@@ -24,6 +24,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
 from forge_ray.config import OPERATIONAL, ForgeConfig
+from forge_ray.config.train import shape_of
 from forge_ray.errors import ConfigError
 
 ENV_PREFIX = "FORGE_"
@@ -85,6 +86,9 @@ def resolve(
         config = ForgeConfig.model_validate(merged)
     except ValidationError as error:
         raise _explain(error, origins) from None
+    if config.model.depth:
+        for name in shape_of(config.model.depth):
+            origins.setdefault(f"model.{name}", origins["model.depth"])
     return Resolved(config, origins)
 
 

@@ -22,6 +22,7 @@ STAGE_VERBS = {
     "export": "write the Hugging Face folder that transformers and vLLM load",
 }
 OTHER_VERBS = {
+    "plan": "what a budget buys: size, tokens, machines, hours, money; before any is spent",
     "run": "all stages, then serve and ask once",
     "serve": "an OpenAI-compatible endpoint for JOB.yaml or an export's REF, until Ctrl-C",
     "show": "an artifact and its ancestors, or the names of all artifacts",
@@ -39,6 +40,7 @@ _USAGES = {
     "pretrain": _SUPERVISED,
     "run": _SUPERVISED,
     "tokenizer": "[sweep] [JOB.yaml ...] [--section.field VALUE ...] [--dry-run] [--json]",
+    "plan": "[JOB.yaml ...] [--plan.usd USD] [--plan.hours H] [--section.field VALUE ...] [--out FILE.yaml] [--json]",
     "serve": "JOB.yaml ... | REF [--section.field VALUE ...] [--dry-run] [--json]",
     "show": "[JOB.yaml ...] [REF] [--workspace URI] [--json]",
     "data": """why DOC [JOB.yaml ...] [--workspace URI] [--json]
@@ -51,6 +53,8 @@ _USAGES = {
 _SUPERVISE = """--supervise starts it again, without a person, when it was killed or lost a store, Ray or a node.
 What starts the supervisor again after a reboot is a systemd unit (Restart=on-failure) or a Kubernetes Job."""
 _NOTES = {
+    "plan": """The corpus is plan.corpus_tokens, or plan.corpus_bytes, or what the job has published.
+--out writes the best option as YAML, to be laid over the job: forge run JOB.yaml FILE.yaml.""",
     "pretrain": _SUPERVISE,
     "run": _SUPERVISE,
     "data": """DOC is a document's id, its beginning, its key or its source. Without JOB.yaml the latest build counts.
@@ -62,6 +66,7 @@ forget writes tombstones: the next build leaves these documents out. --duplicate
 _SECTIONS = {
     "tokenizer": ("tokenizer", "sweep"),
     "pretrain": ("model", "pretrain"),
+    "plan": ("plan",),
     "serve": ("serve",),
     "run": ("serve",),
 }

@@ -1,9 +1,9 @@
 """The closed, frozen schema of everything a user can choose. Attribute docstrings are the reference and the CLI help.
 
 Owns the field names, types, ranges and defaults, and the rules that tie fields together: `base.py` what a section is,
-`data.py` from documents to token shards, `train.py` model, training and evaluation, here export, endpoint, Ray and the
-whole. Does not own where values come from (`settings.py`) nor what a stage does with them. Imports no torch, ray or
-vllm.
+`data.py` from documents to token shards, `train.py` model, training and evaluation, `plan.py` a budget, here export,
+endpoint, Ray and the whole. Does not own where values come from (`settings.py`) nor what a stage does with them.
+Imports no torch, ray or vllm.
 
 Fields marked `OPERATIONAL` change how a stage runs but not what it produces, so they stay out of its fingerprint.
 """
@@ -36,6 +36,7 @@ from forge_ray.config.data import (
     TokenizerConfig,
 )
 from forge_ray.config.guard import GuardConfig
+from forge_ray.config.plan import PlanConfig
 from forge_ray.config.train import (
     AdamWConfig,
     EvaluateConfig,
@@ -70,6 +71,7 @@ __all__ = [
     "NearConfig",
     "NormalizeConfig",
     "Optimizer",
+    "PlanConfig",
     "Positive",
     "PretrainConfig",
     "PrivacyConfig",
@@ -148,6 +150,8 @@ class ForgeConfig(Section):
     (`pretrain.cache_bytes`); none for 20 GiB, or a quarter of the disk if that is less."""
     ray: Annotated[RayConfig, OPERATIONAL] = RayConfig()
     """Which Ray cluster the stages run on."""
+    plan: Annotated[PlanConfig, OPERATIONAL] = PlanConfig()
+    """What the model may cost (`forge plan`)."""
     ingest: IngestConfig = IngestConfig()
     """Documents in."""
     curate: CurateConfig = CurateConfig()

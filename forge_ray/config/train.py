@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +14,9 @@ from forge_ray.config.guard import GuardConfig
 class ModelConfig(Section):
     """A decoder in the shape of Qwen3 (dense), which stock transformers and vLLM load."""
 
+    depth: Annotated[Positive | None, OPERATIONAL] = None
+    """The one dial of size: so many blocks, 64 times as wide, and the rest of the shape made to match. Instead of
+    num_layers, d_model, num_heads, num_kv_heads, head_dim and d_ff; `forge plan` finds the depth for a budget."""
     num_layers: Positive = 4
     """Transformer blocks."""
     d_model: Positive = 128
@@ -34,11 +38,42 @@ class ModelConfig(Section):
     init_std: Annotated[float, Field(gt=0.0)] = 0.02
     """Standard deviation of the initial weights; output projections get it over sqrt(2 * num_layers)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_the_dial(cls, given: Any) -> Any:
+        depth = str(given.get("depth")) if isinstance(given, dict) else ""
+        if not depth.isdigit() or not int(depth):
+            return given
+        shape = shape_of(int(depth))
+        for name in shape:
+            if str(given.get(name, shape[name])) != str(shape[name]):
+                raise ValueError(f"depth {depth} makes {name} {shape[name]}, but {given[name]} is given: leave one out")
+        return {**given, **shape}
+
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         return self
+
+
+def shape_of(depth: int) -> dict[str, int]:
+    """The fields of `ModelConfig` that one depth decides.
+
+    The width is 64 x depth and the feed-forward 8/3 of it. Heads have 64 dimensions below a width of 512, else 128, and
+    cover at least the width; there are at most a third as many for keys and values.
+    """
+    width = 64 * depth
+    head_dim = 64 if width < 512 else 128
+    heads = math.ceil(width / head_dim)
+    return {
+        "num_layers": depth,
+        "d_model": width,
+        "num_heads": heads,
+        "num_kv_heads": max(n for n in range(1, max(1, heads // 3) + 1) if heads % n == 0),
+        "head_dim": head_dim,
+        "d_ff": 64 * math.ceil(width * 8 / 3 / 64),
+    }
 
 
 class AdamWConfig(Section):

@@ -13,6 +13,11 @@ def num_parameters(model: ModelConfig, vocab_size: int) -> int:
     return model.num_layers * block + d + vocab_size * d * (1 if model.tied_embeddings else 2)
 
 
+def block_parameters(model: ModelConfig) -> int:
+    """Parameters of all blocks: what is left without embedding, output projection and the last norm."""
+    return num_parameters(model, 0) - model.d_model
+
+
 def train_flops_per_token(model: ModelConfig, vocab_size: int, seq_len: int) -> float:
     """Floating-point operations to train on one token, forward and backward, without recomputation.
 
@@ -24,3 +29,24 @@ def train_flops_per_token(model: ModelConfig, vocab_size: int, seq_len: int) -> 
     kv = model.num_kv_heads * model.head_dim
     matrices = model.num_layers * (2 * d * attention + 2 * d * kv + 3 * d * model.d_ff) + vocab_size * d
     return 6.0 * matrices + 12.0 * model.num_layers * attention * seq_len
+
+
+def state_bytes(model: ModelConfig, vocab_size: int, *, muon: bool) -> int:
+    """Memory of a worker that holds the whole state: weights, gradients and optimizer in fp32, and autocast's weights.
+
+    AdamW keeps two moments for a parameter, Muon one for each matrix of a block; autocast bf16 weights for a step.
+    """
+    everything = num_parameters(model, vocab_size)
+    return (4 * 4 + 2) * everything - (4 * block_parameters(model) if muon else 0)
+
+
+def activation_bytes(model: ModelConfig, seq_len: int, sequences: int) -> int:
+    """Memory that a forward pass under bf16 autocast keeps for its backward pass, nothing recomputed.
+
+    For a token and block: the stream before and after each norm (fp32) and as each product's input (bf16); queries and
+    keys in fp32 before and after their norm, with the values in bf16; four feed-forward tensors (bf16). Nothing grows
+    with the square of the length (SDPA).
+    """
+    d, attention, kv = model.d_model, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    per_block = 26 * d + 12 * attention + 12 * kv + 8 * model.d_ff
+    return sequences * seq_len * (model.num_layers * per_block + 8 * d)

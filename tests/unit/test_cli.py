@@ -83,7 +83,7 @@ def test_help_of_a_verb_names_it_and_the_fields_of_its_stage(forge: Forge, verb:
     code, out, _ = forge(verb, "--help")
     assert code == 0
     assert out.startswith(f"usage: forge {verb} ")
-    assert (f"\n{verb}." in out) == (verb in STAGE_VERBS or verb == "serve")
+    assert (f"\n{verb}." in out) == (verb in STAGE_VERBS or verb in ("plan", "serve"))
     assert {**STAGE_VERBS, **OTHER_VERBS}[verb] in out
 
 
@@ -339,3 +339,30 @@ def test_what_a_verb_prints_by_itself_does_not_spoil_the_json(forge: Forge, monk
     code, out, err = forge("config", "--json")
     assert (code, json.loads(out)) == (0, {"a": 1})
     assert "hello" in err
+
+
+# --------------------------------------------------------------------------------------------------------------- plan
+
+
+def test_a_plan_is_told_and_written(forge: Forge, tmp_path: Path) -> None:
+    words = ("plan", "--plan.usd", "100", "--plan.corpus_bytes", "8e9", "--out", tmp_path / "plan.yaml")
+    code, out, err = forge(*words)
+    assert (code, err) == (0, "")
+    assert out.startswith("2,000,000,000 tokens of training documents.")
+    assert out.endswith(f"written to {tmp_path}/plan.yaml\n")
+    best = json.loads(forge(*words, "--json")[1])["options"][0]
+    assert f"depth {best['depth']}\n" in out
+    assert best["usd"] <= 100
+
+
+def test_a_plan_needs_a_corpus(forge: Forge, job: Path) -> None:
+    code, _, err = forge("plan", job, "--plan.usd", "100")
+    assert code == 2
+    assert "run `forge tokenize` with the job" in err
+
+
+def test_a_plan_counts_the_jobs_own_tokens(forge: Forge, job: Path, workspace: Workspace) -> None:
+    for ref in _refs(forge, "tokenize", job):
+        stage, _, name = ref.partition("/")
+        workspace.publish(Manifest(stage=stage, fingerprint=name, files=(), metrics={"train_tokens": 123_456_789}))
+    assert forge("plan", job, "--plan.usd", "100")[1].startswith("123,456,789 tokens of training documents.")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from forge_ray.config import AdamWConfig, ForgeConfig, PretrainConfig
+from forge_ray.config import AdamWConfig, ForgeConfig, ModelConfig, PretrainConfig
+from forge_ray.config.train import shape_of
 from forge_ray.errors import ConfigError
 from forge_ray.settings import Resolved, reference, resolve
 
@@ -28,6 +29,24 @@ def _refused(files: list[Path], flags: tuple[str, ...] = (), environ: dict[str, 
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "origin"),
+    [(["--model.depth", "6"], {}, "--model.depth"), ([], {"FORGE_MODEL__DEPTH": "6"}, "$FORGE_MODEL__DEPTH")],
+)
+def test_one_dial_sets_the_whole_shape_and_says_so(flags: list[str], environ: dict[str, str], origin: str) -> None:
+    resolved = resolve([], flags, environ)
+    rows = {name: (value, origin) for name, value, origin in resolved.rows()}
+    assert rows["model.d_model"] == (384, origin)
+    assert rows["model.d_ff"] == (1024, origin)
+    assert resolved.config.model.replace(init_std=0.1).num_layers == 6
+    assert resolved.config.model.fingerprinted() == ModelConfig(**shape_of(6)).fingerprinted()
+
+
+def test_the_dial_and_a_field_that_says_something_else_are_refused(write_yaml: WriteYaml) -> None:
+    told = _refused([write_yaml("model: {d_model: 128}")], ("--model.depth=6",))
+    assert "depth 6 makes d_model 384, but 128 is given: leave one out" in told
 
 
 def test_each_layer_overrides_the_ones_before_it(write_yaml: WriteYaml) -> None:

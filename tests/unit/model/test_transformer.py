@@ -7,7 +7,7 @@ import torch
 
 from forge_ray.config import ModelConfig
 from forge_ray.errors import CorruptError
-from forge_ray.model.arithmetic import num_parameters, train_flops_per_token
+from forge_ray.model.arithmetic import activation_bytes, num_parameters, train_flops_per_token
 from forge_ray.model.transformer import Transformer, document_mask, load_weights
 
 VOCAB, END = 50, 3
@@ -44,6 +44,24 @@ def test_arithmetic_counts_the_real_operations(shape: dict[str, object]) -> None
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens(1, T), document_mask(tokens(1, T), END)).sum().backward()
     assert counter.get_total_flops() / T == train_flops_per_token(model.config, VOCAB, T)
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_arithmetic_counts_the_real_memory_of_activations(depth: int) -> None:
+    model = Transformer(ModelConfig(depth=depth), VOCAB, 256).initialise(0)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {shape for p in model.parameters() if p.ndim == 2 for shape in (p.shape, p.shape[::-1])}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape not in weights:  # autocast's, which are counted with the state
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        model.hidden(tokens(2, 256))
+    real = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own)
+    assert activation_bytes(model.config, 256, 2) == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

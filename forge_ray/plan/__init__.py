@@ -1,0 +1,1 @@
+"""What a model will cost before any money is spent: size, tokens, layout, memory, hours, money."""
