@@ -12,7 +12,7 @@ from forge_ray.config.guard import GuardConfig
 
 
 class ModelConfig(Section):
-    """A decoder in the shape of Qwen3 (dense), which stock transformers and vLLM load."""
+    """A decoder in the shape of Qwen3 or, with experts, Qwen3-MoE, which stock transformers and vLLM load."""
 
     depth: Annotated[Positive | None, OPERATIONAL] = None
     """The one dial of size: so many blocks, 64 times as wide, and the rest of the shape made to match. Instead of
@@ -29,6 +29,14 @@ class ModelConfig(Section):
     """Size of one head; 64 or 128, because vLLM's CPU attention fails on smaller ones."""
     d_ff: Positive = 384
     """Hidden width of the SwiGLU feed-forward block."""
+    num_experts: Annotated[int, Field(ge=0)] = 0
+    """Feed-forward networks of a block, of which each token takes a few (mixture of experts); 0 for one for all."""
+    experts_per_token: Positive = 2
+    """How many of them a token takes; none is ever dropped."""
+    expert_d_ff: Positive | None = None
+    """Hidden width of one expert; none for d_ff / experts_per_token, which costs a token what a dense block does."""
+    expert_balance: Annotated[float, Field(ge=0.0)] = 0.01
+    """Weight of the loss that keeps experts evenly busy, which is trained on and not reported."""
     tied_embeddings: bool = True
     """Whether the output projection shares the input embedding's weights."""
     rope_theta: Annotated[float, Field(gt=1.0)] = 10_000.0
@@ -54,7 +62,18 @@ class ModelConfig(Section):
     def _check(self) -> ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        if self.num_experts and self.experts_per_token > self.num_experts:
+            raise ValueError(f"experts_per_token {self.experts_per_token} is more than num_experts {self.num_experts}")
+        if self.num_experts and not self.expert_d_ff and self.d_ff % self.experts_per_token:
+            raise ValueError(
+                f"experts_per_token {self.experts_per_token} does not divide d_ff {self.d_ff}: set expert_d_ff"
+            )
         return self
+
+    @property
+    def expert_width(self) -> int:
+        """Hidden width of one expert."""
+        return self.expert_d_ff or self.d_ff // self.experts_per_token
 
 
 def shape_of(depth: int) -> dict[str, int]:

@@ -7,9 +7,21 @@ from forge_ray.config import ModelConfig
 
 def num_parameters(model: ModelConfig, vocab_size: int) -> int:
     """Trainable parameters, a tied output projection counted once."""
+    return _parameters(model, vocab_size, experts=model.num_experts)
+
+
+def num_active_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """Those that one token meets: of a block's experts the few that it takes."""
+    return _parameters(model, vocab_size, experts=model.experts_per_token)
+
+
+def _parameters(model: ModelConfig, vocab_size: int, experts: int) -> int:
     d, attention = model.d_model, model.num_heads * model.head_dim
     kv = model.num_kv_heads * model.head_dim
-    block = d * attention + 2 * d * kv + attention * d + 3 * d * model.d_ff + 2 * d + 2 * model.head_dim
+    mlp = 3 * d * model.d_ff
+    if model.num_experts:
+        mlp = d * model.num_experts + experts * 3 * d * model.expert_width
+    block = d * attention + 2 * d * kv + attention * d + mlp + 2 * d + 2 * model.head_dim
     return model.num_layers * block + d + vocab_size * d * (1 if model.tied_embeddings else 2)
 
 
@@ -26,8 +38,8 @@ def train_flops_per_token(model: ModelConfig, vocab_size: int, seq_len: int) -> 
     Source: PaLM (arXiv 2204.02311), appendix B.
     """
     d, attention = model.d_model, model.num_heads * model.head_dim
-    kv = model.num_kv_heads * model.head_dim
-    matrices = model.num_layers * (2 * d * attention + 2 * d * kv + 3 * d * model.d_ff) + vocab_size * d
+    norms = model.num_layers * 2 * (d + model.head_dim) + d
+    matrices = num_active_parameters(model, 0) - norms + vocab_size * d
     return 6.0 * matrices + 12.0 * model.num_layers * attention * seq_len
 
 
@@ -44,9 +56,13 @@ def activation_bytes(model: ModelConfig, seq_len: int, sequences: int) -> int:
     """Memory that a forward pass under bf16 autocast keeps for its backward pass, nothing recomputed.
 
     For a token and block: the stream before and after each norm (fp32) and as each product's input (bf16); queries and
-    keys in fp32 before and after their norm, with the values in bf16; four feed-forward tensors (bf16). Nothing grows
-    with the square of the length (SDPA).
+    keys in fp32 before and after their norm, with the values in bf16; four feed-forward tensors (bf16), and for each
+    expert that it takes its input, twice, and output (bf16). Nothing grows with the square of the length (SDPA).
     """
     d, attention, kv = model.d_model, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    per_block = 26 * d + 12 * attention + 12 * kv + 8 * model.d_ff
+    per_block = 26 * d + 12 * attention + 12 * kv
+    if model.num_experts:
+        per_block += model.experts_per_token * (8 * model.expert_width + 6 * d) + 8 * model.num_experts
+    else:
+        per_block += 8 * model.d_ff
     return sequences * seq_len * (model.num_layers * per_block + 8 * d)

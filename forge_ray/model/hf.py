@@ -1,4 +1,4 @@
-"""Our model as a Hugging Face folder, which stock transformers and vLLM load as Qwen3.
+"""Our model as a Hugging Face folder, which stock transformers and vLLM load as Qwen3 or Qwen3-MoE.
 
 Owns the mapping of names and shapes both ways, the folder's files, and the comparison of what both compute.
 """
@@ -26,9 +26,13 @@ _BLOCK_NAMES = {
     "attention.q_norm": "self_attn.q_norm",
     "attention.k_norm": "self_attn.k_norm",
     "mlp_norm": "post_attention_layernorm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+    "mlp.router": "mlp.gate",
+    "mlp.each.*.gate": "mlp.experts.*.gate_proj",
+    "mlp.each.*.up": "mlp.experts.*.up_proj",
+    "mlp.each.*.down": "mlp.experts.*.down_proj",
 }
 _TOP_NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 
@@ -38,7 +42,7 @@ def to_hf_name(name: str) -> str:
     stem, _, leaf = name.rpartition(".")
     if stem.startswith("blocks."):
         _, index, inner = stem.split(".", 2)
-        return f"model.layers.{index}.{_BLOCK_NAMES[inner]}.{leaf}"
+        return f"model.layers.{index}.{_renamed(inner, _BLOCK_NAMES)}.{leaf}"
     return f"{_TOP_NAMES[stem]}.{leaf}"
 
 
@@ -47,16 +51,27 @@ def from_hf_name(name: str) -> str:
     stem, _, leaf = name.rpartition(".")
     if stem.startswith("model.layers."):
         _, _, index, inner = stem.split(".", 3)
-        return f"blocks.{index}.{_inverse(_BLOCK_NAMES)[inner]}.{leaf}"
+        return f"blocks.{index}.{_renamed(inner, _inverse(_BLOCK_NAMES))}.{leaf}"
     return f"{_inverse(_TOP_NAMES)[stem]}.{leaf}"
 
 
 def hf_config(config: ModelConfig, vocab_size: int, max_len: int, end_token: int) -> Any:
-    """The `Qwen3Config` of our shape."""
-    from transformers import Qwen3Config
+    """The `Qwen3Config`, or with experts the `Qwen3MoeConfig`, of our shape."""
+    from transformers import Qwen3Config, Qwen3MoeConfig
 
-    return Qwen3Config(
-        architectures=["Qwen3ForCausalLM"],
+    experts = {
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "moe_intermediate_size": config.expert_width,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "router_aux_loss_coef": config.expert_balance,
+    }
+    kind, more = (Qwen3MoeConfig, experts) if config.num_experts else (Qwen3Config, {})
+    return kind(
+        architectures=[kind.__name__.replace("Config", "ForCausalLM")],
+        **more,
         vocab_size=vocab_size,
         hidden_size=config.d_model,
         intermediate_size=config.d_ff,
@@ -134,6 +149,13 @@ def _write_tokenizer(folder: Path, tokenizer_json: str, end_token: int, max_len:
         model_max_length=max_len,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    """Looks a name up in which the number of an expert stands for `*`."""
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    found = names[".".join("*" if part.isdigit() else part for part in name.split("."))]
+    return found.replace("*", numbers[0]) if numbers else found
 
 
 def _inverse(names: dict[str, str]) -> dict[str, str]:

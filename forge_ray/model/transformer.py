@@ -1,11 +1,12 @@
-"""Our decoder in plain PyTorch, in the shape of Qwen3 (dense): what it computes is what transformers and vLLM compute.
+"""Our decoder in plain PyTorch, in the shape of Qwen3, dense or with experts: what it computes is what transformers and
+vLLM compute.
 
 RMSNorm before each block, grouped-query attention with normalised queries and keys, rotary positions, SwiGLU, no
 biases. Owns parameters, their initialisation and the forward pass; training is `train/`, names of other libraries are
 `hf.py`.
 
 Shapes: B batch, T time, D model width, H query heads, G key-value heads, K head size, F feed-forward width, V
-    vocabulary.
+    vocabulary; N tokens (B x T), E experts, C experts that a token takes.
 
 Source: Qwen3 technical report (arXiv 2505.09388), section 2.
 """
@@ -66,23 +67,68 @@ class Attention(nn.Module):
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, -1))
 
 
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d_model, d_ff, bias=False)
+        self.up = nn.Linear(d_model, d_ff, bias=False)
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape kept."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Experts(nn.Module):
+    """SwiGLU by the experts that a router chooses for each token, weighted by its probabilities. Drops no token.
+
+    `balance` is, after a forward pass, E times the sum over experts of (share of choices) x (mean probability): 1 when
+    they are evenly busy, E when one does it all. Its gradient spreads the choices (arXiv 2101.03961, section 2.2).
+
+    No index is added to twice, so that gradients are the same bits each time, on GPUs too. An expert that nobody chose
+    computes on no rows, so that its gradient is zero and not missing.
+    """
+
+    balance: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.per_token = config.experts_per_token
+        self.router = nn.Linear(config.d_model, config.num_experts, bias=False)
+        self.each = nn.ModuleList(FeedForward(config.d_model, config.expert_width) for _ in range(config.num_experts))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Shape kept."""
+        x_ND = x_BTD.flatten(0, 1)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            p_NE = self.router(x_ND.float()).softmax(dim=-1)
+        weight_NC, expert_NC = p_NE.topk(self.per_token, dim=-1)
+        weight_NC = weight_NC / weight_NC.sum(dim=-1, keepdim=True)
+        counts = torch.bincount(expert_NC.flatten(), minlength=len(self.each))
+        self.balance = len(self.each) * (counts / counts.sum() * p_NE.mean(dim=0)).sum()
+        order = expert_NC.flatten().argsort(stable=True)
+        rows = x_ND.unsqueeze(1).expand(-1, self.per_token, -1).flatten(0, 1).index_select(0, order)
+        done = [expert(part) for expert, part in zip(self.each, rows.split(counts.tolist()), strict=True)]
+        y_NCD = torch.cat(done).index_select(0, order.argsort()).view(*expert_NC.shape, -1)
+        return (y_NCD * weight_NC.unsqueeze(-1)).sum(dim=1).view_as(x_BTD)
+
+
 class Block(nn.Module):
-    """One layer: attention and SwiGLU, each on a normalised copy and added to the stream."""
+    """One layer: attention and feed-forward, each on a normalised copy and added to the stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.mlp = Experts(config) if config.num_experts else FeedForward(config.d_model, config.d_ff)
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """Shape kept."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask)
-        h_BTD = self.mlp_norm(x_BTD)
-        return x_BTD + self.down(F.silu(self.gate(h_BTD)) * self.up(h_BTD))
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
 class Transformer(nn.Module):
@@ -129,6 +175,11 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x_BTD = block(x_BTD, rotary, mask)
         return self.norm(x_BTD)
+
+    def imbalance(self) -> Tensor | None:
+        """How unevenly experts were busy in the last forward pass: 1 for even, mean over blocks; none without them."""
+        found = [block.mlp.balance for block in self.blocks if isinstance(block.mlp, Experts)]
+        return torch.stack(found).mean() if found else None
 
     def forward(self, tokens_BT: Tensor, mask: Tensor | None = None) -> Tensor:
         """Token ids to logits, (B, T, V)."""

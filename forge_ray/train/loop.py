@@ -22,7 +22,7 @@ from forge_ray.train.elastic import slots
 from forge_ray.train.elastic.group import Group, GroupLost
 from forge_ray.train.elastic.slots import Assignment, SlotSums
 from forge_ray.train.guardian import Guardian, Verdict
-from forge_ray.train.loss import mean_loss
+from forge_ray.train.loss import objective
 from forge_ray.train.optimizer import Optimizer, rate_frac
 from forge_ray.train.state import FlatState
 
@@ -260,9 +260,9 @@ def backward(worker: Worker, tokens: Tensor) -> float:
     with autocast(inputs_BT.device.type, worker.bf16):
         hidden_BTD = worker.model.hidden(inputs_BT, document_mask(inputs_BT, worker.end_token))
     dtype = torch.bfloat16 if worker.bf16 else torch.float32
-    loss = mean_loss(hidden_BTD, worker.model.head.weight, targets_BT, dtype) / worker.config.slots
-    loss.backward()
-    return float(loss.detach())
+    trained, loss = objective(worker.model, hidden_BTD, targets_BT, dtype)
+    (trained / worker.config.slots).backward()
+    return float(loss / worker.config.slots)
 
 
 def autocast(device_type: str, bf16: bool) -> contextlib.AbstractContextManager[None]:

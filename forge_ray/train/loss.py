@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forge_ray.model.transformer import Transformer
+
 CHUNK_TOKENS = 256  # 256 x 4,096 fp32 logits are 4 MB, which stay in cache; 128 to 1,024 measured alike
 
 
@@ -58,3 +60,10 @@ def mean_loss(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, dtype: 
     """Mean cross-entropy in nats per token."""
     total = LinearCrossEntropy.apply(hidden_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), dtype)
     return total / targets_BT.numel()
+
+
+def objective(model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What is trained on, and the cross-entropy in it that is reported: they differ by the balance of experts."""
+    loss = mean_loss(hidden_BTD, model.head.weight, targets_BT, dtype)
+    uneven = model.imbalance()
+    return (loss if uneven is None else loss + model.config.expert_balance * uneven), loss.detach()

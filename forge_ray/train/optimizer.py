@@ -14,8 +14,8 @@ from forge_ray.config import AdamWConfig, MuonConfig, PretrainConfig
 class Optimizer:
     """Steps a model's parameters.
 
-    With Muon, hidden matrices get Muon and the rest (embedding, output projection, norms) AdamW: what multiplies a
-    one-hot vector, or is one vector, has no spectrum to even out.
+    With Muon, hidden matrices get Muon and the rest (embedding, output projection, routers, norms) AdamW: what
+    multiplies or makes a one-hot vector, or is one vector, has no spectrum to even out.
 
     Source: Muon: Jordan et al. 2024, and its scaling to AdamW's update size in Moonlight (arXiv 2502.16982).
     """
@@ -24,7 +24,7 @@ class Optimizer:
         named = dict(model.named_parameters())  # a tied head is listed once, as the embedding
         self._names = {parameter: name for name, parameter in named.items()}
         hidden = (
-            [p for n, p in named.items() if p.ndim == 2 and n.startswith("blocks.")]
+            [p for n, p in named.items() if p.ndim == 2 and n.startswith("blocks.") and not n.endswith("router.weight")]
             if isinstance(config, MuonConfig)
             else []
         )

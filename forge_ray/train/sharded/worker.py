@@ -38,7 +38,7 @@ from forge_ray.data.loader import SlotLoader
 from forge_ray.errors import TrainError
 from forge_ray.model.transformer import Transformer, document_mask, rotary_tables
 from forge_ray.train.elastic.group import Group, GroupLost
-from forge_ray.train.loss import mean_loss
+from forge_ray.train.loss import objective
 from forge_ray.train.optimizer import Optimizer, rate_frac
 
 
@@ -283,9 +283,9 @@ class ShardedWorker:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             hidden_BTD = self.model.hidden(inputs_BT, document_mask(inputs_BT, self.end_token))
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        loss = mean_loss(hidden_BTD, self.model.head.weight, targets_BT, dtype) * weight
-        loss.backward()
-        self._scalars[0] += loss.detach()
+        trained, loss = objective(self.model, hidden_BTD, targets_BT, dtype)
+        (trained * weight).backward()
+        self._scalars[0] += loss * weight
 
 
 class ShardedOptimizer(Optimizer):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, GenerationConfig, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from forge_ray.config import ModelConfig
 from forge_ray.errors import ExportError
@@ -21,6 +21,7 @@ SHAPES = {
     "untied": {"tied_embeddings": False},
     "grouped": {"num_heads": 4, "num_kv_heads": 2, "rope_theta": 500_000.0},
     "wide heads": {"head_dim": 128, "num_heads": 3, "num_kv_heads": 3, "norm_eps": 1e-5, "tied_embeddings": False},
+    "experts": {"num_experts": 5, "experts_per_token": 2, "expert_d_ff": 64},
 }
 
 
@@ -55,7 +56,7 @@ def ids() -> torch.Tensor:
 
 def test_transformers_computes_the_same_logits(written: tuple[Transformer, Path], ids: torch.Tensor) -> None:
     model, folder = written
-    theirs = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         ours, wanted = model(ids), theirs(ids).logits
     assert wanted.std() > 0.1
@@ -63,10 +64,13 @@ def test_transformers_computes_the_same_logits(written: tuple[Transformer, Path]
     assert hf.compare(folder, model, ids, 1e-5) <= 1e-5
 
 
-def test_names_map_both_ways_onto_transformers_own(written: tuple[Transformer, Path]) -> None:
+def test_names_map_both_ways_onto_what_transformers_itself_writes(
+    written: tuple[Transformer, Path], tmp_path: Path
+) -> None:
     model, folder = written
     names = [name for name, _ in model.named_parameters()]
-    theirs = dict(Qwen3ForCausalLM.from_pretrained(folder).named_parameters())
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
+    theirs = load_file(tmp_path / "theirs" / hf.WEIGHTS)
     assert [hf.from_hf_name(hf.to_hf_name(name)) for name in names] == names
     assert {hf.to_hf_name(name) for name in names} == set(theirs)
     assert all(theirs[hf.to_hf_name(name)].shape == p.shape for name, p in model.named_parameters())
@@ -84,6 +88,7 @@ def test_weights_come_back_from_the_folder(written: tuple[Transformer, Path]) ->
 def test_an_altered_weight_is_found(written: tuple[Transformer, Path], ids: torch.Tensor, culprit: str) -> None:
     model, folder = written
     weights = load_file(folder / hf.WEIGHTS)
+    culprit = culprit if culprit in weights else culprit.replace("mlp.", "mlp.experts.1.")
     weights[culprit].view(-1)[5] += 1.0
     save_file(weights, folder / hf.WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(ExportError, match="log-probabilities differ"):
@@ -117,7 +122,7 @@ def test_greedy_text_is_the_same_through_transformers(written: tuple[Transformer
     from forge_ray.evaluate.quality import generate
 
     model, folder = written
-    theirs = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     start = [END, 70, 101]
     out = theirs.generate(torch.tensor([start]), max_new_tokens=12, do_sample=False)[0, 3:].tolist()
     wanted = out[: out.index(END)] if END in out else out

@@ -16,6 +16,7 @@ SHAPES = {
     "untied": {"tied_embeddings": False},
     "grouped": {"num_heads": 4, "num_kv_heads": 2, "d_model": 96},
     "wide heads": {"head_dim": 128, "num_heads": 3, "num_kv_heads": 1, "tied_embeddings": False},
+    "experts": {"num_experts": 5, "experts_per_token": 2},
 }
 
 
@@ -46,9 +47,9 @@ def test_arithmetic_counts_the_real_operations(shape: dict[str, object]) -> None
     assert counter.get_total_flops() / T == train_flops_per_token(model.config, VOCAB, T)
 
 
-@pytest.mark.parametrize("depth", [2, 4])
-def test_arithmetic_counts_the_real_memory_of_activations(depth: int) -> None:
-    model = Transformer(ModelConfig(depth=depth), VOCAB, 256).initialise(0)
+@pytest.mark.parametrize(("depth", "experts"), [(2, 0), (4, 0), (4, 8)])
+def test_arithmetic_counts_the_real_memory_of_activations(depth: int, experts: int) -> None:
+    model = Transformer(ModelConfig(depth=depth, num_experts=experts), VOCAB, 256).initialise(0)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     weights = {shape for p in model.parameters() if p.ndim == 2 for shape in (p.shape, p.shape[::-1])}
     kept: dict[int, torch.Tensor] = {}
@@ -129,7 +130,7 @@ def test_weights_are_taken_over_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     ("shape", "culprit"),
     [
-        ({"d_ff": 128}, "blocks.0.down.weight"),
+        ({"d_ff": 128}, "blocks.0.mlp.down.weight"),
         ({"num_layers": 3}, "blocks.2"),
         ({"num_layers": 1}, "blocks.1"),
         ({"tied_embeddings": False}, "head.weight"),

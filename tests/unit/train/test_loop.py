@@ -44,6 +44,19 @@ def test_training_learns_what_the_corpus_has(build: Build, optimizer: dict[str, 
     assert {record.tokens for record in records} == {8 * 32}
 
 
+def test_experts_learn_and_stay_busy(build: Build) -> None:
+    def trained(balance: float) -> tuple[float, float]:
+        model = {"num_experts": 4, "experts_per_token": 1, "expert_balance": balance}
+        worker = build(run_id=f"balance {balance}", steps=60, optimizer=MUON, model=model)
+        records = run(worker)
+        return sum(record.loss for record in records[-5:]) / 5, float(worker.model.imbalance().detach())
+
+    loss, imbalance = trained(0.05)
+    assert loss < 0.6 * math.log(64)
+    assert imbalance < 1.2
+    assert trained(0.0)[1] > imbalance
+
+
 def test_the_loss_of_a_step_is_the_mean_over_all_its_tokens(build: Build) -> None:
     worker = build()
     tokens = torch.cat([torch.from_numpy(worker.loader.slot(0, slot)) for slot in range(8)])

@@ -19,7 +19,7 @@ from forge_ray.data.loader import SlotLoader
 from forge_ray.errors import DiskFullError, TrainError
 from forge_ray.model.transformer import Transformer, document_mask, load_weights
 from forge_ray.train.elastic.group import Group
-from forge_ray.train.loss import mean_loss
+from forge_ray.train.loss import objective
 from forge_ray.train.optimizer import Optimizer, rate_frac
 from forge_ray.train.saving.checkpoint import Checkpoints
 from forge_ray.train.saving.pieces import Pieces, assemble
@@ -65,9 +65,9 @@ class Replicated:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
                 hidden = self.model.hidden(inputs, document_mask(inputs, self.index.end_token))
             dtype = torch.bfloat16 if self.bf16 else torch.float32
-            mine = mean_loss(hidden, self.model.head.weight, targets, dtype) / config.slots
-            mine.backward()
-            loss += float(mine.detach())
+            trained, mine = objective(self.model, hidden, targets, dtype)
+            (trained / config.slots).backward()
+            loss += float(mine) / config.slots
         norm = float(torch.cat([p.grad.flatten() for p in self.model.parameters()]).norm())
         if norm > config.grad_clip:
             for p in self.model.parameters():
@@ -107,6 +107,7 @@ def close(a: list[tuple[float, float]], b: list[tuple[float, float]], loss: floa
         (3, {"optimizer": MUON, "micro_batch": 2}, {}, False),
         (4, {"optimizer": MUON, "slots": 2}, {"tied_embeddings": False}, True),  # two members have no slot at all
         (1, {"optimizer": MUON, "grad_clip": 0.5}, {}, True),
+        (3, {"optimizer": MUON}, {"num_experts": 4, "experts_per_token": 2}, False),
     ],
 )
 def test_losses_and_norms_are_those_of_replicated_training(
