@@ -34,7 +34,6 @@ from forge_ray.words import (
 
 if TYPE_CHECKING:
     from forge_ray.artifact import Artifact
-    from forge_ray.config import ForgeConfig
     from forge_ray.settings import Resolved
 
 
@@ -188,34 +187,15 @@ def _published_export(resolved: Resolved) -> Artifact:
 
 
 def _plan(words: Words) -> int:
-    from forge_ray.plan import planner, prices, text
+    from forge_ray import plan_verbs
 
-    values, flags = own_flags(words, ("--out",))
-    config = _resolve(replace(words, flags=flags)).config
-    plan = planner.make(config, prices.read(config.plan.prices), _corpus_tokens(config))
-    written = values.get("--out", "")
-    if written:
-        text.write_job(plan.options[0], written)
-    _print_result(words, plan.as_json(), text.as_text(plan) + (f"\n\nwritten to {written}" if written else ""))
+    if words.places[:1] == ("fit",):
+        result, text = plan_verbs.fit(_resolve(words, words.places[1:]).config)
+    else:
+        values, flags = own_flags(words, ("--out",))
+        result, text = plan_verbs.budget(_resolve(replace(words, flags=flags)).config, values.get("--out", ""))
+    _print_result(words, result, text)
     return 0
-
-
-def _corpus_tokens(config: ForgeConfig) -> float:
-    """Tokens of the training documents: said, guessed from their bytes, or counted in the job's shards."""
-    if config.plan.corpus_tokens or config.plan.corpus_bytes:
-        return config.plan.corpus_tokens or (config.plan.corpus_bytes or 0.0) / config.plan.bytes_per_token
-    if config.ingest.sources:
-        from forge_ray import pipeline
-        from forge_ray.artifact import Workspace
-
-        planned = pipeline.plan(config, "tokenize")[-1]
-        if planned.published:
-            return float(Workspace(config.workspace, config.cache_bytes).get(planned.ref).metrics["train_tokens"])
-    raise ConfigError(
-        "a plan needs to know how much there is to train on",
-        got="neither plan.corpus_tokens nor plan.corpus_bytes, nor token shards that are published",
-        do="add --plan.corpus_bytes 2e9, or run `forge tokenize` with the job and plan with it",
-    )
 
 
 def _show(words: Words) -> int:

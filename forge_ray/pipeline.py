@@ -217,11 +217,14 @@ def _vocabulary_lineage(config: ForgeConfig) -> str:
     return f"lineage/tokenizer/{fingerprint('tokenizer', version, parts, {}, {})}"
 
 
-def run(config: ForgeConfig, until: str = "export", stack: ExitStack | None = None) -> dict[str, Outcome]:
+def run(
+    config: ForgeConfig, until: str = "export", stack: ExitStack | None = None, *, named: bool = True
+) -> dict[str, Outcome]:
     """Runs what is not published yet, up to and including `until`.
 
     Args:
         stack: Takes over the Ray cluster, so that the caller may go on using it; otherwise it ends with this call.
+        named: Whether the stages' names mean these artifacts from now on; not for a trial beside the job.
 
     Returns:
         The outcome of every stage on the way, in order.
@@ -234,11 +237,14 @@ def run(config: ForgeConfig, until: str = "export", stack: ExitStack | None = No
         for planned in plan(config, until):
             if planned.published:
                 outcomes[planned.stage.name] = Outcome(workspace.get(planned.ref), True, 0.0)
-                _point_at(planned.stage, config, outcomes[planned.stage.name].artifact)
+                if named:
+                    _point_at(planned.stage, config, outcomes[planned.stage.name].artifact)
                 say(f"{planned.stage.name}: published already, {planned.ref}")
                 continue
             (stack or own).enter_context(cluster(config.ray))
             outcomes[planned.stage.name] = _run_stage(planned, config, workspace, outcomes)
+            if named:
+                _point_at(planned.stage, config, outcomes[planned.stage.name].artifact)
     return outcomes
 
 
@@ -263,7 +269,6 @@ def _run_stage(planned: Planned, config: ForgeConfig, workspace: Workspace, done
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )
         )
-    _point_at(planned.stage, config, artifact)
     say(f"{planned.stage.name}: published {artifact.ref} in {format_s(wall_s)}")
     return Outcome(artifact, False, wall_s)
 

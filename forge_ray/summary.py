@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from forge_ray import plan_verbs
 from forge_ray.artifact import Artifact
 from forge_ray.config import ForgeConfig
 from forge_ray.pipeline import Outcome
@@ -46,6 +47,8 @@ def as_text(outcomes: Mapping[str, Outcome], workspace: str, answer: tuple[str, 
     parts = [_learned(metrics["evaluate"])] if "evaluate" in metrics else []
     parts += [_curated(metrics["curate"])] if "curate" in metrics else []
     parts += [_trained(metrics)] if "pretrain" in metrics else []
+    if "evaluate" in metrics and (held := plan_verbs.against(outcomes["pretrain"].artifact, metrics["evaluate"])):
+        parts += [held]
     parts += [_stages(outcomes, Storage(workspace).uri)]
     if answer:
         parts += [f"The endpoint, asked for {answer[0]!r}, answered:\n\n{_indent(answer[0] + answer[1])}"]

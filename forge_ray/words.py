@@ -22,7 +22,7 @@ STAGE_VERBS = {
     "export": "write the Hugging Face folder that transformers and vLLM load",
 }
 OTHER_VERBS = {
-    "plan": "what a budget buys: size, tokens, machines, hours, money; before any is spent",
+    "plan": "what a budget buys, before any is spent; `forge plan fit` predicts a job from small runs",
     "run": "all stages, then serve and ask once",
     "serve": "an OpenAI-compatible endpoint for JOB.yaml or an export's REF, until Ctrl-C",
     "show": "an artifact and its ancestors, or the names of all artifacts",
@@ -40,7 +40,8 @@ _USAGES = {
     "pretrain": _SUPERVISED,
     "run": _SUPERVISED,
     "tokenizer": "[sweep] [JOB.yaml ...] [--section.field VALUE ...] [--dry-run] [--json]",
-    "plan": "[JOB.yaml ...] [--plan.usd USD] [--plan.hours H] [--section.field VALUE ...] [--out FILE.yaml] [--json]",
+    "plan": """[JOB.yaml ...] [--plan.usd USD] [--plan.hours H] [--section.field VALUE ...] [--out FILE.yaml] [--json]
+       forge plan fit JOB.yaml ... [--section.field VALUE ...] [--json]""",
     "serve": "JOB.yaml ... | REF [--section.field VALUE ...] [--dry-run] [--json]",
     "show": "[JOB.yaml ...] [REF] [--workspace URI] [--json]",
     "data": """why DOC [JOB.yaml ...] [--workspace URI] [--json]
@@ -54,7 +55,9 @@ _SUPERVISE = """--supervise starts it again, without a person, when it was kille
 What starts the supervisor again after a reboot is a systemd unit (Restart=on-failure) or a Kubernetes Job."""
 _NOTES = {
     "plan": """The corpus is plan.corpus_tokens, or plan.corpus_bytes, or what the job has published.
---out writes the best option as YAML, to be laid over the job: forge run JOB.yaml FILE.yaml.""",
+--out writes the best option as YAML, to be laid over the job: forge run JOB.yaml FILE.yaml.
+fit trains a ladder of small models on the job's documents and writes down what it expects of the job; the job's own
+result is then shown beside it.""",
     "pretrain": _SUPERVISE,
     "run": _SUPERVISE,
     "data": """DOC is a document's id, its beginning, its key or its source. Without JOB.yaml the latest build counts.

@@ -38,5 +38,11 @@ class PlanConfig(Section):
     """Tokens that will be served over the model's life: who serves much should train a smaller model longer."""
     serve_on: str | None = None
     """Machine of the price file that serves; none for the cheapest on which the model fits."""
+    ladder_rungs: Annotated[int, Field(ge=4, le=12)] = 6
+    """Small models that `forge plan fit` trains to predict the job's."""
+    ladder_largest_frac: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.25
+    """Size of the largest of them, as a share of the job's."""
+    ladder_step: Annotated[float, Field(gt=1.0)] = 1.6
+    """How much larger each is than the one before."""
     max_ms_per_token: _Amount | None = None
     """Longest time between two tokens of an answer; none for no limit."""

@@ -92,6 +92,7 @@ def run(
     events = Events.read(workspace.storage, run_id)
     curve = _curve(events)
     metrics = _metrics(spec, last.read_json(STATE), curve)
+    metrics["peak_bytes"] = max((row["peak_bytes"] for row in events if row["event"] == "checkpoint"), default=0)
     metrics["ledger"] = goodput.account(events, config.usd_per_node_hour).as_dict()
     page = goodput_page.as_html(events, run_id, config.usd_per_node_hour)
     files = [*_whole(workspace, last), last.entry(STATE)]

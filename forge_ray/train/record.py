@@ -6,10 +6,13 @@ Rank 0 of a group writes both, whoever that is at the time.
 from __future__ import annotations
 
 import contextlib
+import resource
 import threading
 import time
 from collections import deque
 from typing import Any
+
+import torch
 
 from forge_ray.data.loader import SlotLoader
 from forge_ray.errors import ArtifactError, ForgeError
@@ -73,7 +76,8 @@ class Log:
 
     def saved(self, tier: str, step: int, stall_s: float, write_s: float, size_bytes: int) -> None:
         """A checkpoint stands."""
-        self.add("checkpoint", step=step, tier=tier, stall_s=stall_s, write_s=write_s, bytes=size_bytes)
+        cost = {"stall_s": stall_s, "write_s": write_s, "bytes": size_bytes}
+        self.add("checkpoint", step=step, tier=tier, **cost, peak_bytes=_peak_bytes())
 
     def not_saved(self, tier: str, step: int, error: object) -> None:
         """A checkpoint does not."""
@@ -208,3 +212,10 @@ class Record:
             "epochs_by_source": worker.loader.epochs_by_source(config.steps),
             "host_class": self._control.host_class,
         }
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process has held: of its GPU, or else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

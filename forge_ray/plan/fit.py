@@ -1,0 +1,194 @@
+"""What small runs say of a large one: its loss with an interval, its time, its memory.
+
+Owns the arithmetic from measured rungs to a prediction. Running the rungs is `plan_verbs.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import nnls
+
+from forge_ray.config import ModelConfig, PretrainConfig
+from forge_ray.errors import DataError
+from forge_ray.model.arithmetic import (
+    activation_bytes,
+    block_parameters,
+    num_parameters,
+    state_bytes,
+    train_flops_per_token,
+)
+
+MIN_RUNGS = 4
+# The exponent of size at a fixed number of tokens per parameter: 0.35 and 0.37 in Chinchilla's runs (arXiv 2404.10102,
+# table 1), 0.2 to 0.5 on other texts.
+_EXPONENT, _EXPONENT_SPREAD = 0.35, 0.12
+# Two runs that differ in their seed alone end up so far apart.
+_NOISE_FRAC = 0.004
+_DRAWS = 20_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: what is known before it, and what was measured after it.
+
+    `bits_per_byte` on held-out documents; `step_s` the median; `peak_bytes` of one worker.
+    """
+
+    model: ModelConfig
+    config: PretrainConfig
+    vocab_size: int
+    workers: int
+    bits_per_byte: float = 0.0
+    step_s: float = 0.0
+    peak_bytes: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Parameters of the blocks."""
+        return block_parameters(self.model)
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole run."""
+        return self.config.steps * self.step_tokens
+
+    @property
+    def step_tokens(self) -> int:
+        """Of a global batch."""
+        return self.config.slots * self.config.micro_batch * self.config.seq_len
+
+    def time_features(self) -> list[float]:
+        """What the seconds of a step are a weighted sum of: operations, calls of a layer, values of the state."""
+        flops = train_flops_per_token(self.model, self.vocab_size, self.config.seq_len) * self.step_tokens
+        calls = self.config.slots * (self.model.num_layers + 1)
+        return [flops / self.workers, calls / self.workers, float(num_parameters(self.model, self.vocab_size))]
+
+    def known_bytes(self) -> float:
+        """The tensors that are known of: state, sums of gradients, a micro-batch's activations."""
+        muon = self.config.optimizer.kind == "muon"
+        sums = 2 * 4 * num_parameters(self.model, self.vocab_size)
+        held = state_bytes(self.model, self.vocab_size, muon=muon) + sums
+        return held + activation_bytes(self.model, self.config.seq_len, self.config.micro_batch)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A median, and the interval in which it lies with 90%."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is expected of a run. Hours are of training itself; memory of one worker."""
+
+    bits_per_byte: Estimate
+    hours: float
+    peak_bytes: float
+    exponent: float
+
+
+def predict(rungs: Sequence[Run], target: Run) -> Prediction:
+    """Carries the rungs on to a larger run with as many tokens per parameter.
+
+    Raises:
+        DataError: There are too few rungs.
+    """
+    if len(rungs) < MIN_RUNGS:
+        raise DataError("too few runs to predict from", got=len(rungs), wanted=f"at least {MIN_RUNGS}")
+    loss, exponent = _loss(rungs, target.size)
+    weights = _weights([run.time_features() for run in rungs], [run.step_s for run in rungs])
+    step_s = float(np.dot(target.time_features(), weights))
+    memory = _weights([[1e9, run.known_bytes()] for run in rungs], [run.peak_bytes for run in rungs])
+    return Prediction(
+        bits_per_byte=loss,
+        hours=target.config.steps * step_s / 3600,
+        peak_bytes=float(np.dot([1e9, target.known_bytes()], memory)),
+        exponent=exponent,
+    )
+
+
+def _loss(rungs: Sequence[Run], size: float) -> tuple[Estimate, float]:
+    """Loss = floor + scale / size^exponent: all curves that pass near the rungs, each weighted by how near.
+
+    The floor and the scale are never negative; the exponent has a prior, because a few points hardly tell it from the
+    floor.
+    """
+    sizes = np.array([run.size for run in rungs], dtype=float)
+    losses = np.array([run.bits_per_byte for run in rungs])
+    generator = np.random.default_rng(0)
+    exponents = generator.normal(_EXPONENT, _EXPONENT_SPREAD, _DRAWS).clip(0.05, 1.0)
+    floors = generator.uniform(0.0, losses.min(), _DRAWS)
+    shapes = (sizes / sizes.max()) ** -exponents[:, None]
+    # Relative errors: the best scale of each curve in closed form.
+    scales = (shapes * (losses - floors[:, None]) / losses**2).sum(1) / (shapes**2 / losses**2).sum(1)
+    fitted = floors[:, None] + scales[:, None] * shapes
+    misfit = (((fitted - losses) / losses) ** 2).sum(1)
+    noise = max(_NOISE_FRAC, float(np.sqrt(misfit.min() / max(1, len(rungs) - 3))))
+    weight = np.exp(-0.5 * (misfit - misfit.min()) / noise**2)
+    weight /= weight.sum()
+    at_size = floors + scales * (size / sizes.max()) ** -exponents
+    at_size = at_size * (1 + generator.normal(0.0, noise, _DRAWS))
+    order = np.argsort(at_size)
+    passed = np.cumsum(weight[order])
+    low, median, high = (float(at_size[order][np.searchsorted(passed, share)]) for share in (0.05, 0.5, 0.95))
+    return Estimate(median, low, high), float((weight * exponents).sum())
+
+
+def _weights(features: Sequence[Sequence[float]], measured: Sequence[float]) -> np.ndarray:
+    """The weights, none negative, of the sum that comes nearest in relative terms."""
+    rows, goal = np.array(features, dtype=float), np.array(measured, dtype=float)
+    unit = rows.max(axis=0)
+    found, _ = nnls(rows / unit / goal[:, None], np.ones(len(goal)))
+    return found / unit
+
+
+def smaller(target: Run, frac: float) -> Run:
+    """A run with this share of the target's parameters and tokens, in the same proportions, or as near as shapes go.
+
+    The batch shrinks with the tokens to the power of 0.383, as the best one does (`law.best_batch_tokens`).
+    """
+    model = _shrunk(target.model, frac)
+    real = block_parameters(model) / target.size
+    micro_batch = max(1, round(target.config.micro_batch * real**0.383))
+    tokens = target.tokens * real
+    steps = max(1, round(tokens / (target.config.slots * micro_batch * target.config.seq_len)))
+    config = target.config.replace(micro_batch=micro_batch, steps=steps)
+    return Run(model, config, target.vocab_size, target.workers)
+
+
+def _shrunk(model: ModelConfig, frac: float) -> ModelConfig:
+    wanted = block_parameters(model) * frac
+    aspect = model.d_model / model.num_layers
+    found = []
+    for num_layers in range(1, model.num_layers + 1):
+        for d_model in range(32, model.d_model + 1, 16):
+            shape = _scaled(model, num_layers, d_model)
+            off = abs(np.log(block_parameters(shape) / wanted))
+            found.append((off > 0.1, abs(np.log(d_model / num_layers / aspect)) + off, num_layers, d_model))
+    _, _, num_layers, d_model = min(found)
+    return _scaled(model, num_layers, d_model)
+
+
+def _scaled(model: ModelConfig, num_layers: int, d_model: int) -> ModelConfig:
+    by = d_model / model.d_model
+    heads = max(1, round(model.num_heads * by))
+    kv_heads = max(1, round(model.num_kv_heads * by))
+    while heads % kv_heads:
+        kv_heads -= 1
+    width = max(16, 16 * round(model.d_ff * by / 16))
+    experts = {"expert_d_ff": max(16, 16 * round(model.expert_width * by / 16))} if model.num_experts else {}
+    return model.replace(
+        depth=None,
+        num_layers=num_layers,
+        d_model=d_model,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        d_ff=width,
+        **experts,
+    )

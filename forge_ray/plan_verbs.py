@@ -1,0 +1,176 @@
+"""What `forge plan` and `forge plan fit` do; the arithmetic is in `plan/`.
+
+`fit` trains a ladder of small runs on the job's own documents, through the same stages as the job itself, and writes
+down what it expects of the job before that is trained. `against` holds the outcome beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from forge_ray import pipeline
+from forge_ray.artifact import Artifact, Manifest, Workspace, fingerprint
+from forge_ray.config import ForgeConfig
+from forge_ray.errors import ArtifactError, ConfigError
+from forge_ray.plan import planner, prices, text
+from forge_ray.telemetry import format_bytes, format_s, say
+
+if TYPE_CHECKING:
+    from forge_ray.plan.fit import Prediction, Run
+
+FORMAT_VERSION = 1
+STAGE = "plan"
+Told = tuple[dict[str, Any], str]
+
+
+def budget(config: ForgeConfig, out: str) -> Told:
+    """What a budget buys; the best option is written to `out`, if it is given."""
+    plan = planner.make(config, prices.read(config.plan.prices), _corpus_tokens(config))
+    if out:
+        text.write_job(plan.options[0], out)
+    return plan.as_json(), text.as_text(plan) + (f"\n\nwritten to {out}" if out else "")
+
+
+def fit(config: ForgeConfig) -> Told:
+    """Trains the ladder, and writes down what it says of the job.
+
+    Raises:
+        ConfigError: The job's model is too small for so many rungs.
+    """
+    from forge_ray.data.shards import ShardIndex
+    from forge_ray.plan import fit as fits
+    from forge_ray.plan.fit import Run
+
+    workspace = Workspace(config.workspace, config.cache_bytes)
+    with ExitStack() as stack:
+        shards = pipeline.run(config, "tokenize", stack)["tokenize"].artifact
+        target = Run(config.model, config.pretrain, ShardIndex.of(shards).vocab_size, config.pretrain.max_workers)
+        rungs: list[Run] = []
+        refs: list[str] = []
+        plan = config.plan
+        for frac in sorted(plan.ladder_largest_frac / plan.ladder_step**k for k in range(plan.ladder_rungs)):
+            rung = fits.smaller(target, frac)
+            if rung.size in [other.size for other in rungs]:
+                raise ConfigError(
+                    "the job's model is too small for a ladder of so many different sizes",
+                    got=f"{target.size:,} parameters in its blocks, plan.ladder_rungs {plan.ladder_rungs}",
+                    do="lower plan.ladder_rungs, or plan a larger model",
+                )
+            say(f"rung of {rung.size:,} parameters, {rung.tokens:,} tokens")
+            measured, ref = _trained(config, rung, stack)
+            rungs.append(measured)
+            refs.append(ref)
+    prediction = fits.predict(rungs, target)
+    trained = pipeline.plan(config, "pretrain")[-1]
+    row = {
+        "target": trained.ref,
+        "before_training": not trained.published,
+        "size": target.size,
+        "tokens": target.tokens,
+        "prediction": asdict(prediction),
+        "rungs": [
+            {
+                "ref": ref,
+                "size": rung.size,
+                "tokens": rung.tokens,
+                "bits_per_byte": rung.bits_per_byte,
+                "step_s": rung.step_s,
+                "peak_bytes": rung.peak_bytes,
+            }
+            for rung, ref in zip(rungs, refs, strict=True)
+        ],
+    }
+    name = fingerprint(STAGE, FORMAT_VERSION, row, {"pretrain": trained.fingerprint}, {})
+    manifest = Manifest(
+        stage=STAGE,
+        fingerprint=name,
+        files=(),
+        config=config.model_dump(mode="json"),
+        inputs={"tokenize": shards.manifest.fingerprint},
+        metrics=row,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    if not workspace.has(manifest.ref):
+        workspace.publish(manifest)
+    if row["before_training"]:
+        workspace.set_ref(_name(trained.fingerprint), manifest.ref)
+    return {"ref": manifest.ref, **row}, _as_text(row, rungs, prediction, manifest.ref)
+
+
+def against(trained: Artifact, evaluated: Mapping[str, Any]) -> str:
+    """What was expected of a run before it was trained, beside what came of it; nothing where nothing was."""
+    try:
+        planned = trained.workspace.resolve(_name(trained.manifest.fingerprint))
+    except ArtifactError:
+        return ""
+    expected, metrics = planned.metrics["prediction"], trained.metrics
+    median, low, high = (expected["bits_per_byte"][key] for key in ("median", "low", "high"))
+    came = evaluated["bits_per_byte"]["model"]
+    took_s = metrics["tokens"] / metrics["tokens_per_s"]
+    return "\n".join(
+        [
+            f"Expected on {planned.manifest.created[:10]}, before it was trained ({planned.ref}), and what came",
+            f"  bits per byte  {median:.3f} ({low:.3f} to {high:.3f})  {came:.3f}  {came / median - 1:+.1%}",
+            f"  training       {format_s(expected['hours'] * 3600)}  {format_s(took_s)}  "
+            f"{took_s / (expected['hours'] * 3600) - 1:+.1%}",
+            f"  memory         {format_bytes(expected['peak_bytes'])}  {format_bytes(metrics['peak_bytes'])}  "
+            f"{metrics['peak_bytes'] / expected['peak_bytes'] - 1:+.1%}",
+        ]
+    )
+
+
+def _trained(config: ForgeConfig, rung: Run, stack: ExitStack) -> tuple[Run, str]:
+    """The rung with what was measured, and the artifact of its score."""
+    quiet = config.evaluate.replace(baselines=(), prompts=())
+    job = config.replace(model=rung.model, pretrain=rung.config, evaluate=quiet)
+    outcomes = pipeline.run(job, "evaluate", stack, named=False)
+    trained, scored = (outcomes[name].artifact for name in ("pretrain", "evaluate"))
+    measured = replace(
+        rung,
+        bits_per_byte=scored.metrics["bits_per_byte"]["model"],
+        step_s=rung.step_tokens / trained.metrics["tokens_per_s"],
+        peak_bytes=trained.metrics["peak_bytes"],
+    )
+    return measured, scored.ref
+
+
+def _name(trained: str) -> str:
+    return f"planned/{trained}"
+
+
+def _as_text(row: Mapping[str, Any], rungs: list[Run], prediction: Prediction, ref: str) -> str:
+    loss = prediction.bits_per_byte
+    lines = [
+        "  parameters of blocks       tokens  bits per byte      time a step",
+        *(f"  {r.size:>20,} {r.tokens:>12,} {r.bits_per_byte:>14.3f} {format_s(r.step_s):>16}" for r in rungs),
+        f"  {row['size']:>20,} {row['tokens']:>12,} {loss.median:>14.3f}   <- expected",
+        "",
+        f"  bits per byte  {loss.median:.3f}, with 90% between {loss.low:.3f} and {loss.high:.3f}",
+        f"  training       {format_s(prediction.hours * 3600)} on machines like these, as many as here",
+        f"  memory         {format_bytes(prediction.peak_bytes)} for each worker",
+        "",
+    ]
+    if row["before_training"]:
+        lines += [f"Written down as {ref} before {row['target']} is trained; `forge run` will tell what came of it."]
+    else:
+        lines += [f"{row['target']} is trained already: this is written down as {ref}, and is no prediction."]
+    return "\n".join(lines)
+
+
+def _corpus_tokens(config: ForgeConfig) -> float:
+    """Tokens of the training documents: said, guessed from their bytes, or counted in the job's shards."""
+    if config.plan.corpus_tokens or config.plan.corpus_bytes:
+        return config.plan.corpus_tokens or (config.plan.corpus_bytes or 0.0) / config.plan.bytes_per_token
+    if config.ingest.sources:
+        planned = pipeline.plan(config, "tokenize")[-1]
+        if planned.published:
+            return float(Workspace(config.workspace, config.cache_bytes).get(planned.ref).metrics["train_tokens"])
+    raise ConfigError(
+        "a plan needs to know how much there is to train on",
+        got="neither plan.corpus_tokens nor plan.corpus_bytes, nor token shards that are published",
+        do="add --plan.corpus_bytes 2e9, or run `forge tokenize` with the job and plan with it",
+    )
