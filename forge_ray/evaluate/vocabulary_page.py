@@ -1,37 +1,30 @@
-"""A sweep's report as a person reads it: a page (HTML with inline SVG, no script, nothing fetched), and text.
+"""A sweep's report as a person reads it: a page (`page.py`) and text.
 
-Owns the look. The facts are those of `report.json`.
+Owns how it is drawn. The facts are those of `report.json`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from forge_ray import page
 from forge_ray.evaluate.recommendation import mean_bits
 from forge_ray.telemetry import format_bytes
 
-_COLOURS = {"own": "#1f6feb", "general": "#b35900", "general tokenizer": "#6e7781"}
+_COLOURS = {"own": "var(--own)", "general": "var(--general)", "general tokenizer": "var(--other)"}
 _LEGEND = {
     "own": "trained on your documents",
     "general": "general, of the same sizes",
     "general tokenizer": "general tokenizers as they are",
 }
 _STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; }
-.sub, .note { color: #59636e; } .why { background: #f0f6ff; border-left: 4px solid #1f6feb; padding: .6rem 1rem; }
-.why p { margin: .35rem 0; } .why p:first-child { font-weight: 600; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #d1d9e0; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-th { font-weight: 600; vertical-align: bottom; white-space: normal; }
-tr.chosen { background: #f0f6ff; font-weight: 600; } .scroll { overflow-x: auto; }
-.key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .35em 0 1em; }
-svg { width: 100%; height: auto; } svg text { font: 13px system-ui, sans-serif; fill: #1f2328; }
-svg .faint { fill: #59636e; } code { font-size: 13px; }
+:root { --own: #1f6feb; --general: #b35900; --other: #6e7781; }
+@media (prefers-color-scheme: dark) { :root { --own: #6ea3f2; --general: #e0853f; --other: #8b949e; } }
+.why { background: var(--well); border-left: 4px solid var(--own); padding: .6rem 1rem; }
+.why p:first-child, tr.marked { font-weight: 600; } tr.marked { background: var(--well); }
+th.n { white-space: normal; vertical-align: bottom; } svg text { font-size: 13px; fill: var(--ink); }
+svg .faint { fill: var(--soft); }
 """
 _WIDTH, _LEFT, _RIGHT, _STEP, _MOST_TYPES = 1000, 250, 90, 26, 8
 
@@ -42,16 +35,16 @@ def as_html(report: Mapping[str, Any]) -> str:
     by_tokens = sorted(rows, key=lambda row: row["bytes_per_token"], reverse=True)
     trained = sorted((row for row in rows if row.get("trials")), key=mean_bits)
     body = [
-        f"<h1>Recommended: {chosen['vocab_size']:,} entries, pattern {escape(chosen['pattern'])}</h1>",
-        f'<p class="sub">forge tokenizer sweep of {escape(report["documents"])}, '
+        f"<h1>Recommended: {chosen['vocab_size']:,} entries, pattern {page.text(chosen['pattern'])}</h1>",
+        f'<p class="soft">forge tokenizer sweep of {page.text(report["documents"])}, '
         f"{format_bytes(report['heldout_bytes'])} of held-out documents</p>",
-        f'<div class="why">{"".join(f"<p>{escape(text)}</p>" for text in report["why"])}</div>',
+        f'<div class="why">{"".join(f"<p>{page.text(text)}</p>" for text in report["why"])}</div>',
         "<h2>Bytes per token on held-out documents</h2>",
-        '<p class="note">More is better: fewer tokens for the same text, so a longer memory and cheaper answers.</p>',
+        '<p class="soft">More is better: fewer tokens for the same text, so a longer memory and cheaper answers.</p>',
         _legend(rows),
         _bars(by_tokens),
         "<h2>Bits per byte of a small model trained for equal compute</h2>",
-        f'<p class="note">{escape(_trial_note(report))}</p>',
+        f'<p class="soft">{page.text(_trial_note(report))}</p>',
         _dots(trained),
         "<h2>All figures</h2>",
         _table(_figures(rows), _chosen(rows, chosen)),
@@ -60,12 +53,8 @@ def as_html(report: Mapping[str, Any]) -> str:
     ]
     if report["missing"]:
         body.append("<h2>Not compared</h2>")
-        body.append("".join(f"<p>{escape(row['name'])}: {escape(row['why'])}</p>" for row in report["missing"]))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width"><title>Vocabulary sweep</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>"
-    )
+        body.append("".join(f"<p>{page.text(row['name'])}: {page.text(row['why'])}</p>" for row in report["missing"]))
+    return page.document("Vocabulary sweep", body, _STYLE)
 
 
 def as_text(report: Mapping[str, Any], place: str) -> str:
@@ -126,19 +115,14 @@ def _chosen(rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> int
 
 def _table(cells: Sequence[Sequence[str]], marked: int | None = None) -> str:
     head, *lines = cells
-    out = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
-    out += ["".join(f"<td>{escape(cell)}</td>" for cell in line) for line in lines]
-    rows = "".join(
-        f"<tr{' class=chosen' if marked is not None and i == marked + 1 else ''}>{row}</tr>"
-        for i, row in enumerate(out)
-    )
-    return f'<div class="scroll"><table>{rows}</table></div>'
+    heads = [(name, "n" if number else "") for number, name in enumerate(head)]
+    return page.table(heads, [[page.text(cell) for cell in line] for line in lines], marked)
 
 
 def _legend(rows: Sequence[Mapping[str, Any]]) -> str:
     there = {row["whose"] for row in rows}
     keys = (f'<span class="key" style="background:{_COLOURS[w]}"></span>{_LEGEND[w]}' for w in _COLOURS if w in there)
-    return f'<p class="note">{"".join(keys)}</p>'
+    return f'<p class="soft">{"".join(keys)}</p>'
 
 
 def _bars(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -147,7 +131,7 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> str:
     for number, row in enumerate(rows):
         y, width = number * _STEP, row["bytes_per_token"] * scale
         parts += [
-            f'<text x="{_LEFT - 10}" y="{y + 17}" text-anchor="end">{escape(row["name"])}</text>',
+            f'<text x="{_LEFT - 10}" y="{y + 17}" text-anchor="end">{page.text(row["name"])}</text>',
             f'<rect x="{_LEFT}" y="{y + 4}" width="{width:.1f}" height="{_STEP - 8}" rx="2" '
             f'fill="{_COLOURS[row["whose"]]}"/>',
             f'<text x="{_LEFT + width + 6:.1f}" y="{y + 17}">{row["bytes_per_token"]:.2f}</text>',
@@ -164,7 +148,7 @@ def _dots(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for tick in (low + (high - low) * share for share in (0.0, 0.25, 0.5, 0.75, 1.0)):
         parts += [
-            f'<line x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="0" y2="{height}" stroke="#d1d9e0"/>',
+            f'<line x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="0" y2="{height}" stroke="var(--line)"/>',
             f'<text class="faint" x="{at(tick):.1f}" y="{height + 18}" text-anchor="middle">{tick:.3f}</text>',
         ]
     for number, row in enumerate(rows):
@@ -172,7 +156,7 @@ def _dots(rows: Sequence[Mapping[str, Any]]) -> str:
         mean, colour = mean_bits(dict(row)), _COLOURS[row["whose"]]
         places = [at(trial["bits_per_byte"]) for trial in row["trials"]]
         parts += [
-            f'<text x="{_LEFT - 10}" y="{y + 5}" text-anchor="end">{escape(row["name"])}</text>',
+            f'<text x="{_LEFT - 10}" y="{y + 5}" text-anchor="end">{page.text(row["name"])}</text>',
             *(f'<circle cx="{place:.1f}" cy="{y}" r="4" fill="none" stroke="{colour}"/>' for place in places),
             f'<line x1="{at(mean):.1f}" x2="{at(mean):.1f}" y1="{y - 8}" y2="{y + 8}" stroke-width="3" '
             f'stroke="{colour}"/>',
@@ -207,6 +191,6 @@ def _terms(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [[row["term"], f"{row['count']:,}", *(str(row["pieces"][name]) for name in names)] for row in rows]
     return [
         "<h2>Words of the domain that are one token only here</h2>",
-        '<p class="note">Frequent long words of the held-out documents; those that others cut most come first.</p>',
+        '<p class="soft">Frequent long words of the held-out documents; those that others cut most come first.</p>',
         _table([head, *lines]),
     ]

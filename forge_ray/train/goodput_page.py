@@ -1,7 +1,6 @@
-"""The ledger of `goodput.py` as one HTML page that needs nothing but itself.
+"""The ledger of `goodput.py` as one HTML page (`page.py`).
 
-Owns the look, and how a million steps become a few hundred points. No script, no font, no image, nothing fetched: the
-page says so to the browser too, in its content security policy. Every text is escaped.
+Owns how it is told and drawn, and how a million steps become a few hundred points.
 """
 
 from __future__ import annotations
@@ -10,42 +9,20 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
+from forge_ray import page
 from forge_ray.telemetry import format_s
 from forge_ray.train.goodput import PARTS, Account, Fault, Ledger, Span, Verdict
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d2228; --soft: #5b6570; --line: #d9dee4; --paper: #fff; --well: #f4f6f8;
-  --loss: #2f6fd0; --useful: #2e7d5b; --recomputed: #d98b1f; --stalled: #c2372e; --saving: #2f6fd0; --data: #7554b8;
-  --waiting: #9aa4ae; --fault: #c2372e; --announced: #d98b1f; --guard: #7554b8; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #9aa4ae; --line: #343b43; --paper: #14181c;
-  --well: #1e242a; --loss: #6ea3f2; --useful: #4cae83; --recomputed: #e5a64a; --stalled: #ef6a60; --saving: #6ea3f2;
-  --data: #a68be0; --waiting: #6a747e; --fault: #ef6a60; --announced: #e5a64a; --guard: #a68be0; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 70rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
-p { margin: .4rem 0; max-width: 50rem; } .soft { color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1.2rem 0; }
-.tile { background: var(--well); border-radius: .5rem; padding: .6rem .8rem; }
-.tile b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--soft); font-size: .85rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { text-align: left; padding: .35rem 1.2rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; white-space: nowrap; } td { overflow-wrap: anywhere; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } td.n, td.w { white-space: nowrap; }
-summary { cursor: pointer; color: var(--soft); }
-pre { background: var(--well); padding: .6rem .8rem; border-radius: .4rem; white-space: pre-wrap; margin: .3rem 0;
-  overflow-wrap: anywhere; font: .78rem/1.45 ui-monospace, monospace; max-height: 16rem; overflow-y: auto; }
-figure { margin: .8rem 0 0; } svg { display: block; width: 100%; height: auto; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--soft); font-variant-numeric: tabular-nums; }
-.legend { font-size: .85rem; color: var(--soft); } .legend > span { white-space: nowrap; }
-.key { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin: 0 .35em 0 .9em; }
-@media (max-width: 40rem) { h2 { margin-top: 2rem; } table { font-size: .82rem; } th, td { padding-right: .7rem; }
-  svg text { font-size: 20px; } }
+:root { --loss: #2f6fd0; --useful: #2e7d5b; --recomputed: #d98b1f; --stalled: #c2372e; --saving: #2f6fd0;
+  --data: #7554b8; --waiting: #9aa4ae; --fault: #c2372e; --announced: #d98b1f; --guard: #7554b8; }
+@media (prefers-color-scheme: dark) { :root { --loss: #6ea3f2; --useful: #4cae83; --recomputed: #e5a64a;
+  --stalled: #ef6a60; --saving: #6ea3f2; --data: #a68be0; --waiting: #6a747e; --fault: #ef6a60; --announced: #e5a64a;
+  --guard: #a68be0; } }
+td { overflow-wrap: anywhere; } summary { color: var(--soft); }
+@media (max-width: 40rem) { svg text { font-size: 20px; } }
 """
 _MEANINGS = {
     "useful": "steps that were committed, once each",
@@ -85,8 +62,8 @@ def as_html(events: Iterable[Mapping[str, Any]], run_id: str, usd_per_node_hour:
     account = run.account
     body = [
         "<h1>How the run went</h1>",
-        f'<p class="soft">pretrain/{_text(run_id)}</p>',
-        f"<p>{_text(_summary(account))}</p>",
+        f'<p class="soft">pretrain/{page.text(run_id)}</p>',
+        f"<p>{page.text(_summary(account))}</p>",
         _tiles(account),
         *_loss(run),
         *_seconds(run, usd_per_node_hour),
@@ -97,15 +74,7 @@ def as_html(events: Iterable[Mapping[str, Any]], run_id: str, usd_per_node_hour:
         "noticed to the next committed step. Goodput is useful seconds by wall seconds: what a step loses in speed "
         "while workers are missing is not in it, but in tokens/s.</p>",
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="referrer" content="no-referrer">\n'
-        f"<title>Run {_text(run_id)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(body)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return page.document(f"Run {run_id}", body, _STYLE)
 
 
 @dataclass
@@ -179,7 +148,7 @@ def _summary(account: Account) -> str:
 
 def _tiles(account: Account) -> str:
     stalls = [account.stall_s(share) for share in (0.5, 0.95, 1.0)]
-    tiles = [
+    cells = [
         (_share(account.goodput_frac), "goodput"),
         (_share(account.ettr_frac), "effective training time"),
         (_short_count(account.num_tokens), "tokens committed"),
@@ -196,10 +165,7 @@ def _tiles(account: Account) -> str:
         (f"{account.node_hours:,.2f}", "node-hours"),
         *([(f"${account.usd or 0:,.2f}", "at the price given")] * (account.usd is not None)),
     ]
-    shown = "".join(
-        f'<div class="tile"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for value, label in tiles
-    )
-    return f'<div class="tiles">{shown}</div>'
+    return page.tiles(cells)
 
 
 # ------------------------------------------------------------------------------------------------------------- plots
@@ -236,7 +202,7 @@ def _loss(run: _Run) -> list[str]:
     legend += [("announced", "announced or refused")] * (True in announced)
     legend += [("guard", "guardian")] * bool(run.account.verdicts)
     caption = "Loss in nats per token over steps; world size beneath (area: mean, line: smallest)."
-    return ["<h2>Loss</h2>", _figure(caption, legend, parts, 360)]
+    return ["<h2>Loss</h2>", page.figure(caption, legend, parts, _WIDTH, 360)]
 
 
 def _marks(run: _Run, at: Callable[[float], float]) -> list[str]:
@@ -259,7 +225,7 @@ def _marks(run: _Run, at: Callable[[float], float]) -> list[str]:
         more = [f"and {len(said) - 12} more"] if len(said) > 12 else []
         guide = f'<path d="M{x} {y}V240" stroke="var(--{colour})" opacity=".18"/>' if guides else ""
         parts.append(
-            f"<g><title>{_text(chr(10).join(said[:12] + more))}</title>{guide}"
+            f"<g><title>{page.text(chr(10).join(said[:12] + more))}</title>{guide}"
             f'<path d="M{x - 4} {y - 7}h8l-4 8z" fill="var(--{colour})"/></g>'
         )
     return parts
@@ -291,12 +257,12 @@ def _seconds(run: _Run, usd_per_node_hour: float) -> list[str]:
     for part in PARTS:
         seconds = getattr(account, f"{part}_s")
         key = f'<span class="key" style="background:var(--{part});margin-left:0"></span>{part}'
-        cells.append([key, format_s(seconds), f"{seconds / account.wall_s:.2%}", _text(_MEANINGS[part])])
-    cells.append(["in all", format_s(account.wall_s), "", _text(_cost(account, usd_per_node_hour))])
+        cells.append([key, format_s(seconds), f"{seconds / account.wall_s:.2%}", page.text(_MEANINGS[part])])
+    cells.append(["in all", format_s(account.wall_s), "", page.text(_cost(account, usd_per_node_hour))])
     parts = ["<h2>Where the time went</h2>"]
     if run.spans:
         parts.append(_over_time(run))
-    return [*parts, _table([("", "w"), ("time", "n"), ("share", "n"), ("", "")], cells)]
+    return [*parts, page.table([("", "w"), ("time", "n"), ("share", "n"), ("", "")], cells)]
 
 
 def _cost(account: Account, usd_per_node_hour: float) -> str:
@@ -342,7 +308,8 @@ def _over_time(run: _Run) -> str:
         x = _LEFT + tick * unit_s / wall_s * (_WIDTH - _LEFT - _RIGHT)
         parts.append(f'<text x="{x:.1f}" y="352" text-anchor="middle">{tick:g} {unit}</text>')
     caption = "Step time in seconds (line: median, band: up to p95), and shares of the wall time beneath."
-    return _figure(caption, [(part, part) for part in PARTS if getattr(run.account, f"{part}_s")], parts, 360)
+    legend = [(part, part) for part in PARTS if getattr(run.account, f"{part}_s")]
+    return page.figure(caption, legend, parts, _WIDTH, 360)
 
 
 def _spread(span: Span, begin_s: float, width_s: float, bars: list[dict[str, float]]) -> None:
@@ -418,20 +385,9 @@ def _rules(values: Sequence[float], y: Callable[[float], float], shown: Callable
     for value in values:
         parts.append(
             f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="var(--line)"/>'
-            f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{_text(shown(value))}</text>'
+            f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{page.text(shown(value))}</text>'
         )
     return parts
-
-
-def _figure(caption: str, legend: Sequence[tuple[str, str]], parts: Sequence[str], height: int) -> str:
-    keys = " ".join(
-        f'<span><span class="key" style="background:var(--{colour})"></span>{_text(name)}</span>'
-        for colour, name in legend
-    )
-    return (
-        f'<figure><figcaption>{_text(caption)} <span class="legend">{keys}</span></figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{_text(caption)}">{"".join(parts)}</svg></figure>'
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -451,11 +407,11 @@ def _faults(run: _Run) -> list[str]:
         [
             _clock(fault.time_s - begin_s),
             f"{fault.step:,}",
-            _text(_what(fault)),
-            _text(fault.seat or fault.host),
+            page.text(_what(fault)),
+            page.text(fault.seat or fault.host),
             _why(fault, id(fault) in stacks),
             "" if fault.stall_s is None else _short_s(fault.stall_s),
-            _text(_done(fault)),
+            page.text(_done(fault)),
         ]
         for fault in shown
     ]
@@ -468,7 +424,7 @@ def _faults(run: _Run) -> list[str]:
         ("stall", "n"),
         ("what was done", ""),
     ]
-    return [f"<h2>Faults{left}</h2>", _table(heads, cells)]
+    return [f"<h2>Faults{left}</h2>", page.table(heads, cells)]
 
 
 def _what(fault: Fault) -> str:
@@ -476,8 +432,8 @@ def _what(fault: Fault) -> str:
 
 
 def _why(fault: Fault, with_stacks: bool) -> str:
-    stacks = f"<details><summary>stacks</summary><pre>{_text(fault.stacks[:_STACK_CHARS])}</pre></details>"
-    return _text(fault.why[:500]) + (stacks if with_stacks else "")
+    stacks = f"<details><summary>stacks</summary><pre>{page.text(fault.stacks[:_STACK_CHARS])}</pre></details>"
+    return page.text(fault.why[:500]) + (stacks if with_stacks else "")
 
 
 def _done(fault: Fault) -> str:
@@ -502,8 +458,8 @@ def _verdicts(run: _Run) -> list[str]:
     cells = [
         [
             f"{verdict.step:,}",
-            _text(verdict.verdict + (f" to {verdict.back_to:,}" if verdict.back_to is not None else "")),
-            _text(verdict.reason),
+            page.text(verdict.verdict + (f" to {verdict.back_to:,}" if verdict.back_to is not None else "")),
+            page.text(verdict.reason),
             _figure_of(verdict.loss),
             _figure_of(verdict.grad_norm),
             _samples(verdict),
@@ -519,7 +475,7 @@ def _verdicts(run: _Run) -> list[str]:
         ("documents left out", ""),
     ]
     left = f", the last {_MOST_ROWS:,}" if len(verdicts) > _MOST_ROWS else ""
-    return [f"<h2>What the guardian decided{left}</h2>", _table(heads, cells)]
+    return [f"<h2>What the guardian decided{left}</h2>", page.table(heads, cells)]
 
 
 def _notes(run: _Run) -> list[str]:
@@ -529,8 +485,8 @@ def _notes(run: _Run) -> list[str]:
         notes.append((run.account.step, lost))
     if not notes:
         return []
-    cells = [[f"{step:,}", _text(note[:500])] for step, note in notes]
-    return ["<h2>Worth to know</h2>", _table([("step", "n"), ("what", "")], cells)]
+    cells = [[f"{step:,}", page.text(note[:500])] for step, note in notes]
+    return ["<h2>Worth to know</h2>", page.table([("step", "n"), ("what", "")], cells)]
 
 
 def _samples(verdict: Verdict) -> str:
@@ -539,23 +495,9 @@ def _samples(verdict: Verdict) -> str:
     names = [f"{source}: {document}" for source, document in verdict.samples[:_MOST_SAMPLES]]
     more = verdict.num_samples - len(names)
     listed = "\n".join(names + ([f"and {more:,} more"] if more else []))
-    return f"<details><summary>{_count(verdict.num_samples, 'document')}</summary><pre>{_text(listed)}</pre></details>"
-
-
-def _table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells that are HTML already; a head says what class its column has."""
-    kinds = [f' class="{kind}"' if kind else "" for _, kind in heads]
-    head = "".join(f"<th{kind}>{_text(name)}</th>" for (name, _), kind in zip(heads, kinds, strict=True))
-    body = "".join(
-        f"<tr>{''.join(f'<td{kind}>{cell}</td>' for cell, kind in zip(row, kinds, strict=True))}</tr>" for row in rows
+    return (
+        f"<details><summary>{_count(verdict.num_samples, 'document')}</summary><pre>{page.text(listed)}</pre></details>"
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _text(value: Any) -> str:
-    """Escaped, with what is no character of a page shown as a mark."""
-    text = "".join(mark if mark.isprintable() or mark in "\n\t" else "\N{REPLACEMENT CHARACTER}" for mark in str(value))
-    return escape(text)
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,53 +1,28 @@
-"""The report of `report.py` as one HTML page that needs nothing but itself.
-
-Owns the look. No script, no font, no image, nothing fetched: the page says so to the browser too, in its content
-security policy. Every text is escaped, because names and excerpts come from documents that anybody may have written.
-"""
+"""The report of `report.py` as one HTML page (`page.py`)."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from forge_ray import page
 from forge_ray.storage import TEMP_PREFIX, translated
 from forge_ray.telemetry import format_bytes, format_s
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d2228; --soft: #5b6570; --line: #d9dee4; --paper: #fff; --well: #f4f6f8;
-  --kept: #2e7d5b; --dropped: #c2601d; --skipped: #8b949e; --forgotten: #7554b8; --before: #9aa7b5; --after: #2f6fd0; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #9aa4ae; --line: #343b43; --paper: #14181c;
-  --well: #1e242a; --kept: #4cae83; --dropped: #e0853f; --skipped: #77818b; --forgotten: #a68be0; --before: #5d6a77;
-  --after: #6ea3f2; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
-p { margin: .4rem 0; max-width: 46rem; } .soft { color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .6rem; margin: 1.2rem 0; }
-.tile { background: var(--well); border-radius: .5rem; padding: .6rem .8rem; }
-.tile b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--soft); font-size: .85rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { text-align: left; padding: .35rem 1.2rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; white-space: nowrap; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+:root { --kept: #2e7d5b; --dropped: #c2601d; --skipped: #8b949e; --forgotten: #7554b8; --before: #9aa7b5;
+  --after: #2f6fd0; }
+@media (prefers-color-scheme: dark) { :root { --kept: #4cae83; --dropped: #e0853f; --skipped: #77818b;
+  --forgotten: #a68be0; --before: #5d6a77; --after: #6ea3f2; } }
 .bar { width: 30%; min-width: 6rem; } .bar i { display: block; height: .7rem; margin-top: .35rem; border-radius: 2px;
   min-width: 2px; background: var(--dropped); } .bar i.skipped { background: var(--skipped); }
 .bar i.forgotten { background: var(--forgotten); }
 details { margin: .4rem 0; border-bottom: 1px solid var(--line); padding-bottom: .4rem; }
-summary { cursor: pointer; } .example { margin: .6rem 0 1rem; }
-pre { background: var(--well); padding: .6rem .8rem; border-radius: .4rem; white-space: pre-wrap; margin: .3rem 0;
-  overflow-wrap: anywhere; font: .82rem/1.45 ui-monospace, monospace; max-height: 16rem; overflow-y: auto; }
-figure { margin: .8rem 0 0; } svg { display: block; width: 100%; height: auto; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--soft); } .legend { font-size: .85rem; color: var(--soft); }
-.key { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin: 0 .35em 0 .9em; }
+.example { margin: .6rem 0 1rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem; }
-@media (max-width: 40rem) { .bar { display: none; } h2 { margin-top: 2rem; } table { font-size: .82rem; }
-  th, td { padding-right: .7rem; } svg text { font-size: 14px; } }
+@media (max-width: 40rem) { .bar { display: none; } svg text { font-size: 14px; } }
 """
 _TITLES = {"source": "Sources", "language": "Languages", "licence": "Licences", "split": "Training and held out"}
 _FATES = ("kept", "dropped", "skipped", "forgotten")
@@ -73,7 +48,8 @@ def as_html(report: Mapping[str, Any]) -> str:
     ref = list(report["build"].values())[-1]
     body = [
         "<h1>What became of the documents</h1>",
-        f'<p class="soft">{_text(" from ".join(reversed(report["build"].values())))}, {_text(report["created"])}</p>',
+        f'<p class="soft">{page.text(" from ".join(reversed(report["build"].values())))}, '
+        f"{page.text(report['created'])}</p>",
         _totals(report),
         *_left_out(report["left_out"]),
         *_private(report),
@@ -86,26 +62,12 @@ def as_html(report: Mapping[str, Any]) -> str:
         f"{'looked for' if report['names_looked_for'] else 'not looked for'}. "
         f"Examples are a random choice (seed {report['seed']}).</p>",
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="referrer" content="no-referrer">\n'
-        f"<title>Documents of {_text(ref)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(body)
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _text(value: Any) -> str:
-    """Escaped, with what is no character of a page shown as a mark."""
-    text = "".join(mark if mark.isprintable() or mark in "\n\t" else "\N{REPLACEMENT CHARACTER}" for mark in str(value))
-    return escape(text)
+    return page.document(f"Documents of {ref}", body, _STYLE)
 
 
 def _totals(report: Mapping[str, Any]) -> str:
     totals = report["totals"]
-    tiles = [
+    cells = [
         (f"{totals['documents']:,}", "documents found"),
         (f"{totals['kept']:,}", f"kept, {_share(totals['kept'], totals['documents'])}"),
         (format_bytes(totals["bytes_in"]), "of text before"),
@@ -113,10 +75,7 @@ def _totals(report: Mapping[str, Any]) -> str:
         (f"{totals['tokens']:,}", "tokens in shards"),
         (f"{report['lines_removed']:,}", "repeated lines removed"),
     ]
-    shown = "".join(
-        f'<div class="tile"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for value, label in tiles
-    )
-    return f'<div class="tiles">{shown}</div>{_stack(totals)}'
+    return page.tiles(cells) + _stack(totals)
 
 
 def _stack(totals: Mapping[str, int]) -> str:
@@ -145,17 +104,17 @@ def _left_out(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     most = max(row["documents"] for row in rows)
     cells = [
         [
-            _text(row["step"]),
-            _text(row["reason"]),
+            page.text(row["step"]),
+            page.text(row["reason"]),
             f"{row['documents']:,}",
             format_bytes(row["bytes"]) if row["bytes"] else "",
-            f'<i class="{_text(row["fate"])}" style="width:{100 * row["documents"] / most:.1f}%"></i>',
+            f'<i class="{page.text(row["fate"])}" style="width:{100 * row["documents"] / most:.1f}%"></i>',
         ]
         for row in rows
     ]
     parts = [
         "<h2>What was left out, and why</h2>",
-        _table([("step", ""), ("reason", ""), ("documents", "n"), ("bytes", "n"), ("", "bar")], cells),
+        page.table([("step", ""), ("reason", ""), ("documents", "n"), ("bytes", "n"), ("", "bar")], cells),
     ]
     shown = [row for row in rows if row["examples"]]
     return [*parts, *(["<h2>Examples</h2>"] if shown else []), *(_examples(row) for row in shown)]
@@ -165,14 +124,14 @@ def _examples(row: Mapping[str, Any]) -> str:
     items = []
     for example in row["examples"]:
         facts = [example["detail"], f"kept instead: {example['duplicate_of']}" if example["duplicate_of"] else ""]
-        said = "; ".join(_text(fact) for fact in facts if fact)
-        excerpt = f"<pre>{_text(example['excerpt'])}</pre>" if example["excerpt"] else ""
+        said = "; ".join(page.text(fact) for fact in facts if fact)
+        excerpt = f"<pre>{page.text(example['excerpt'])}</pre>" if example["excerpt"] else ""
         items.append(
-            f'<div class="example"><code>{_text(example["id"])}</code> '
-            f'<span class="soft">{_text(example["source"])}</span>'
+            f'<div class="example"><code>{page.text(example["id"])}</code> '
+            f'<span class="soft">{page.text(example["source"])}</span>'
             f"{f'<p>{said}</p>' if said else ''}{excerpt}</div>"
         )
-    head = _text(row["step"] if row["step"] == row["reason"] else f"{row['step']}: {row['reason']}")
+    head = page.text(row["step"] if row["step"] == row["reason"] else f"{row['step']}: {row['reason']}")
     return (
         f'<details><summary>{head} <span class="soft">{row["documents"]:,}</span></summary>{"".join(items)}</details>'
     )
@@ -183,10 +142,10 @@ def _private(report: Mapping[str, Any]) -> list[str]:
     columns = [figures.get(name, {}) for name in ("recall", "recall_bare", "precision")]
     cells = [
         [
-            _text(row["kind"]),
+            page.text(row["kind"]),
             f"{row['found']:,}",
             f"{row['documents']:,}",
-            _text(row["action"]),
+            page.text(row["action"]),
             *(_percent(column.get(row["kind"])) for column in columns),
         ]
         for row in report["private"]
@@ -195,8 +154,8 @@ def _private(report: Mapping[str, Any]) -> list[str]:
     heads += [("recall", "n"), ("recall of bare values", "n"), ("precision", "n")]
     return [
         "<h2>Private data</h2>",
-        _table(heads, cells),
-        f'<p class="soft">{_text(_measured(report["detectors"]))}</p>',
+        page.table(heads, cells),
+        f'<p class="soft">{page.text(_measured(report["detectors"]))}</p>',
     ]
 
 
@@ -228,7 +187,7 @@ def _groups(by: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
             continue
         cells = [
             [
-                _text(row["name"]),
+                page.text(row["name"]),
                 f"{row.get('documents', 0):,}",
                 f"{row.get('kept', 0):,}",
                 format_bytes(row.get("bytes_in", 0)),
@@ -237,7 +196,7 @@ def _groups(by: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
             ]
             for row in rows
         ]
-        parts += [f"<h2>{_TITLES[name]}</h2>", _table([(name, ""), *heads], cells)]
+        parts += [f"<h2>{_TITLES[name]}</h2>", page.table([(name, ""), *heads], cells)]
     return parts
 
 
@@ -267,19 +226,15 @@ def _plot(title: str, series: Mapping[str, Sequence[Mapping[str, int]]], shown: 
             said = f"{shown(row['from'])} to {shown(row['to'] + 1)}: {row['count']:,} {name if len(series) > 1 else ''}"
             marks.append(
                 f'<rect x="{x:.1f}" y="{height - 24 - tall:.1f}" width="{bar:.1f}" height="{tall:.1f}" '
-                f'fill="var(--{name})"><title>{_text(said)}</title></rect>'
+                f'fill="var(--{name})"><title>{page.text(said)}</title></rect>'
             )
     every = max(1, -(-len(edges) // 7))
     for number, edge in enumerate(edges):
         if number % every == 0:
-            marks.append(f'<text x="{left + number * slot:.1f}" y="{height - 8}">{_text(shown(edge))}</text>')
+            marks.append(f'<text x="{left + number * slot:.1f}" y="{height - 8}">{page.text(shown(edge))}</text>')
     marks.append(f'<text x="{left}" y="14">{most:,} documents in the highest bar</text>')
-    keys = "".join(f'<span class="key" style="background:var(--{name})"></span>{name}' for name in series)
-    legend = f' <span class="legend">{keys}</span>' if len(series) > 1 else ""
-    return (
-        f"<figure><figcaption>{_text(title)}{legend}</figcaption>"
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(title)}">{"".join(marks)}</svg></figure>'
-    )
+    keys = [(name, name) for name in series] if len(series) > 1 else []
+    return page.figure(title, keys, marks, width, height)
 
 
 def _clusters(rows: Sequence[Mapping[str, int]]) -> list[str]:
@@ -296,26 +251,16 @@ def _clusters(rows: Sequence[Mapping[str, int]]) -> list[str]:
         if row["count"]
     ]
     heads = [("documents that say the same", ""), ("clusters", "n"), ("documents", "n"), ("dropped", "n")]
-    return ["<h2>Duplicates</h2>", _table(heads, cells)]
+    return ["<h2>Duplicates</h2>", page.table(heads, cells)]
 
 
 def _seconds(seconds: Mapping[str, float]) -> list[str]:
-    cells = [[_text(name), format_s(value)] for name, value in sorted(seconds.items(), key=lambda item: -item[1])]
+    cells = [[page.text(name), format_s(value)] for name, value in sorted(seconds.items(), key=lambda item: -item[1])]
     return (
-        ["<h2>Work of the steps within documents</h2>", _table([("step", ""), ("core time", "n")], cells)]
+        ["<h2>Work of the steps within documents</h2>", page.table([("step", ""), ("core time", "n")], cells)]
         if cells
         else []
     )
-
-
-def _table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells that are HTML already; a head says what class its column has."""
-    kinds = [f' class="{kind}"' if kind else "" for _, kind in heads]
-    head = "".join(f"<th{kind}>{_text(name)}</th>" for (name, _), kind in zip(heads, kinds, strict=True))
-    body = "".join(
-        f"<tr>{''.join(f'<td{kind}>{cell}</td>' for cell, kind in zip(row, kinds, strict=True))}</tr>" for row in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _share(part: float, whole: float) -> str:
