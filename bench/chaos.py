@@ -337,7 +337,7 @@ class Bench:
             found, rows = side.result(), side.rows()
         tail = rows[len(rows) // 3 :]
         found["step_s"] = (tail[-1]["time_s"] - tail[0]["time_s"]) / (len(tail) - 1)
-        return found | {"loss": [round(row["loss"], 4) for row in rows]}
+        return found | {"loss": _losses(rows)}
 
     def disturbed(self, cell: Cell, steps: int) -> Row:
         """A run with faults, and what became of it."""
@@ -440,9 +440,20 @@ def analyse(rows: list[Row], kills: list[Row], measured: tuple[float, float], ce
         "lost_frac": (again + aborted) / len(committed),
         "untrained_frac": 1 - sum(row["tokens"] for row in whole) / (full_tokens * max(1, len(whole))),
         "steps": newest,
-        "loss": [round(row["loss"], 4) for row in committed],
+        "loss": _losses(committed),
         "missed_kills": sum("missed" in kill for kill in kills),
     }
+
+
+def _losses(rows: list[Row]) -> dict[str, float]:
+    """By step, whose number is a text, as in JSON."""
+    return {str(row["step"]): round(row["loss"], 4) for row in rows}
+
+
+def _loss_at(run: Row, step: int) -> float | None:
+    """Mean over the last 20 steps up to this one, of those that are on record."""
+    last = [run["loss"][key] for key in map(str, range(step - 19, step + 1)) if key in run["loss"]]
+    return statistics.fmean(last) if last else None
 
 
 def _pieces(hits: list[tuple[float, float]], measured: tuple[float, float], cell: Cell, size: Size) -> tuple[Any, Any]:
@@ -509,6 +520,11 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[math.ceil(share * len(ordered)) - 1] if ordered else float("nan")
 
 
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(statistics.fmean(known), 4) if known else None
+
+
 def summary(runs: list[Row]) -> Row:
     """Several runs of one cell as one."""
     stalls, gaps, back = ([value for run in runs for value in run[key]] for key in ("stalls_s", "gaps_s", "back_s"))
@@ -528,11 +544,11 @@ def summary(runs: list[Row]) -> Row:
         "untrained_frac": round(statistics.fmean(run["untrained_frac"] for run in runs), 5),
         "tokens_per_s": [run["tokens_per_s"] for run in runs],
         "steps": [run["steps"] for run in runs],
-        "final_loss": round(statistics.fmean(run["final_loss"] for run in runs), 4),
+        "final_loss": _mean([run["final_loss"] for run in runs]),
         "loss_at_step": [run["loss_at_step"] for run in runs],
     }
     if "loss_undisturbed" in runs[0]:
-        found["loss_undisturbed"] = round(statistics.fmean(run["loss_undisturbed"] for run in runs), 4)
+        found["loss_undisturbed"] = _mean([run["loss_undisturbed"] for run in runs])
     if "sha256" in runs[0]:
         found["recomputed_s"] = round(sum(run["recomputed_s"] for run in runs), 3)
         found["sha256"] = sorted({run["sha256"] for run in runs})
@@ -646,9 +662,9 @@ def measure(bench: Bench, options: argparse.Namespace) -> list[Row]:
         run = finished.get(f"{name} {cell}", partial(bench.disturbed, cell, steps))
         # Peers may get further than ours: losses are compared at the last step that both have done.
         upto = min(run["steps"], steps) if reference else run["steps"]
-        run |= {"loss_at_step": upto, "final_loss": statistics.fmean(run["loss"][max(0, upto - 20) : upto])}
+        run |= {"loss_at_step": upto, "final_loss": _loss_at(run, upto)}
         if reference:
-            run["loss_undisturbed"] = statistics.fmean(reference["loss"][max(0, upto - 20) : upto])
+            run["loss_undisturbed"] = _loss_at(reference, upto)
         if "sha256" in run:
             run["sha256_undisturbed"] = reference["sha256"]
         found = summary([run])
