@@ -202,7 +202,7 @@ class Ours(Side):
         from forge_ray.storage import Storage
 
         runs = [path.name for path in (self.workspace / "runs").glob("*") if path.name not in self.known]
-        return _placed([row for run in runs for row in Events.read(Storage(str(self.workspace)), run)])
+        return _once([row for run in runs for row in Events.read(Storage(str(self.workspace)), run)])
 
     def result(self) -> Row:
         """Digest of the final weights."""
@@ -218,22 +218,16 @@ class Ours(Side):
         return {"sha256": hashlib.sha256(weights.read_bytes()).hexdigest(), "recomputed_s": recomputed_s}
 
 
-def _placed(events: list[Row]) -> list[Row]:
-    """Events of steps, each that was done once; in the order of time.
+def _once(events: list[Row]) -> list[Row]:
+    """Events of steps, each that was done once, in the order of time.
 
-    What a worker had not published when it was killed, another one writes later and marks with `again`: such a step
-    was over before the next one began.
+    What a worker had not published when it was killed, another one writes later, with the time at which it was done,
+    and marks with `again`.
     """
     steps = [event for event in events if event["event"] == "step"]
     first = {(row["generation"], row["step"]) for row in steps if "again" not in row}
-    once = {(row["generation"], row["step"]): row for row in steps if "again" in row}
-    rows = [row for row in steps if "again" not in row] + [row for key, row in once.items() if key not in first]
-    begin_s: dict[int, float] = {}
-    for row in sorted(rows, key=lambda row: -row["step"]):
-        if "again" in row:
-            row["written_s"] = row["time_s"]
-            row["time_s"] = min(row["time_s"], begin_s.get(row["step"] + 1, row["time_s"]))
-        begin_s[row["step"]] = row["time_s"] - row["wall_s"]
+    late = {(row["generation"], row["step"]): row for row in steps if "again" in row}
+    rows = [row for row in steps if "again" not in row] + [row for key, row in late.items() if key not in first]
     return sorted(rows, key=lambda row: row["time_s"])
 
 
@@ -412,9 +406,6 @@ def analyse(rows: list[Row], kills: list[Row], measured: tuple[float, float], ce
     """
     begin_s, end_s = measured
     hits_s = [kill["time_s"] for kill in kills if "missed" not in kill and kill["time_s"] < end_s]
-    for row in rows:  # what was published by another worker after a kill was done before it
-        if "written_s" in row:
-            row["time_s"] = min(row["time_s"], max((hit for hit in hits_s if hit <= row["written_s"]), default=end_s))
     done = sorted((row for row in rows if row["event"] == "step"), key=lambda row: row["time_s"])
     committed, again, newest = [], 0, 0
     for row in done:
