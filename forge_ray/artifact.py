@@ -281,11 +281,16 @@ class Workspace:
             stream.flush()
             builder.entry = self.put_file(name, path)
 
-    def publish(self, manifest: Manifest) -> Artifact:
-        """Writes the manifest, the act that makes an artifact exist; if it exists already, that one is returned."""
+    def publish(self, manifest: Manifest, *, named: bool = True) -> Artifact:
+        """Writes the manifest, the act that makes an artifact exist; if it exists already, that one is returned.
+
+        Args:
+            named: Whether the stage's name means it from now on.
+        """
         new = self.storage.create(f"artifacts/{manifest.ref}.json", manifest.to_json())
         artifact = Artifact(self, manifest) if new else self.get(manifest.ref)
-        self.set_latest(artifact)
+        if named:
+            self.set_latest(artifact)
         return artifact
 
     def set_latest(self, artifact: Artifact) -> None:

@@ -242,13 +242,13 @@ def run(
                 say(f"{planned.stage.name}: published already, {planned.ref}")
                 continue
             (stack or own).enter_context(cluster(config.ray))
-            outcomes[planned.stage.name] = _run_stage(planned, config, workspace, outcomes)
-            if named:
-                _point_at(planned.stage, config, outcomes[planned.stage.name].artifact)
+            outcomes[planned.stage.name] = _run_stage(planned, config, workspace, outcomes, named)
     return outcomes
 
 
-def _run_stage(planned: Planned, config: ForgeConfig, workspace: Workspace, done: Mapping[str, Outcome]) -> Outcome:
+def _run_stage(
+    planned: Planned, config: ForgeConfig, workspace: Workspace, done: Mapping[str, Outcome], named: bool
+) -> Outcome:
     say(f"{planned.stage.name}: running")
     began = time.monotonic()
     inputs = {role: done[role].artifact for role in planned.stage.inputs}
@@ -267,8 +267,11 @@ def _run_stage(planned: Planned, config: ForgeConfig, workspace: Workspace, done
                 made_by=_made_by(),
                 wall_s=round(wall_s, 3),
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
-            )
+            ),
+            named=named,
         )
+    if named:
+        _point_at(planned.stage, config, artifact)
     say(f"{planned.stage.name}: published {artifact.ref} in {format_s(wall_s)}")
     return Outcome(artifact, False, wall_s)
 
