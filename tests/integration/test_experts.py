@@ -18,12 +18,12 @@ from tests.integration.conftest import clean_environment
 
 END, NEW_TOKENS = 0, 16
 _ASK = """
-import json, sys
+import json, pathlib, sys
 from vllm import LLM, SamplingParams
 engine = LLM(sys.argv[1], max_model_len=64, enforce_eager=True, dtype="float32", seed=0)
 greedy = SamplingParams(temperature=0, max_tokens=int(sys.argv[3]))
 done = engine.generate([{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])], greedy)
-print(json.dumps([list(row.outputs[0].token_ids) for row in done]))
+pathlib.Path(sys.argv[4]).write_text(json.dumps([list(row.outputs[0].token_ids) for row in done]))
 """
 
 
@@ -35,8 +35,9 @@ def test_vllm_says_what_we_say(tmp_path: Path) -> None:
     hf.write_folder(tmp_path, model, words.to_str(), END)
     prompts = [[END, 3, 5], [END, 70, 8, 9, 200], torch.arange(1, 30).tolist()]
     environment = clean_environment(tmp_path / "cache") | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    answer = tmp_path / "answer.json"
     asked = subprocess.run(
-        [sys.executable, "-c", _ASK, str(tmp_path), json.dumps(prompts), str(NEW_TOKENS)],
+        [sys.executable, "-c", _ASK, str(tmp_path), json.dumps(prompts), str(NEW_TOKENS), str(answer)],
         capture_output=True,
         text=True,
         timeout=400,
@@ -44,6 +45,6 @@ def test_vllm_says_what_we_say(tmp_path: Path) -> None:
         env=environment,
     )
     assert asked.returncode == 0, asked.stderr[-3000:]
-    theirs = [ids[: ids.index(END)] if END in ids else ids for ids in json.loads(asked.stdout.splitlines()[-1])]
+    theirs = [ids[: ids.index(END)] if END in ids else ids for ids in json.loads(answer.read_text())]
     assert theirs == [generate(model, prompt, NEW_TOKENS, 0.0, END) for prompt in prompts]
     assert len({tuple(row) for row in theirs}) == len(prompts)
