@@ -90,6 +90,8 @@ class Supervised:
         words = [sys.executable, "-c", SUPERVISOR, patience, "one" if one else "each", *child]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         environment = os.environ | {"PYTHONPATH": str(self.repository)}
+        # Under nohup the tests themselves ignore SIGHUP, and a process hands that on.
+        pipes["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
         self.processes.append(subprocess.Popen(words, env=environment, start_new_session=True, **pipes | options))
         return self.processes[-1]
 

@@ -79,7 +79,7 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest() -> None:
     muon = {key.rpartition("/")[0] for key in optimizer.tensors() if key.endswith("momentum_buffer")}
     adamw = {key.rpartition("/")[0] for key in optimizer.tensors() if key.endswith("exp_avg_sq")}
     assert {"embedding.weight", "head.weight", "norm.weight", "blocks.0.attention.q_norm.weight"} <= adamw
-    assert {"blocks.0.attention.q.weight", "blocks.1.down.weight"} <= muon
+    assert {"blocks.0.attention.q.weight", "blocks.1.mlp.down.weight"} <= muon
     assert muon.isdisjoint(adamw)
 
 

@@ -156,7 +156,7 @@ def test_a_worker_holds_its_rows_and_no_others(corpus: Artifact) -> None:
     whole = sum(p.nbytes for p in Transformer(shape(), 64, 32).parameters())
     for between_steps, before_commit, rows in in_processes(2, train):
         # Half of the weights and of momentum, and AdamW's second moment of the embedding.
-        assert rows < between_steps < 1.2 * whole
+        assert rows < between_steps < 1.3 * whole
         assert before_commit < 1.7 * whole  # and half of the gradients
 
 
