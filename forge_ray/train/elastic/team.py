@@ -249,15 +249,12 @@ class Team:
             raise Stopped
         self.generation, self.rank = form["generation"], form["rank"]
         self._members, self._step = form["members"], worker.step
-        store = store_client(form["store"], self.generation, STORE_S)
-        self.group = Group.form(
-            store,
-            self.rank,
-            form["size"],
-            self._device,
-            self._address,
-            lambda: self._control.urgent(form["generation"]),
-        )
+
+        def interrupted() -> bool:
+            return self._control.urgent(form["generation"])
+
+        store = store_client(form["store"], self.generation, STORE_S, interrupted)
+        self.group = Group.form(store, self.rank, form["size"], self._device, self._address, interrupted)
         formed_s = time.monotonic()
         views = self._agree(worker, form)
         self._formed, self._step = True, worker.step

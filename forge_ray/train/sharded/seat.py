@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -46,7 +47,7 @@ def train(spec: RunSpec, task: Message, control: Control, device: torch.device) 
             control.status("left", generation, -1)
             raise Stopped
         place = Place(
-            store_client(form["store"], generation, STORE_S),
+            store_client(form["store"], generation, STORE_S, partial(control.urgent, generation)),
             form["rank"],
             form["size"],
             generation,

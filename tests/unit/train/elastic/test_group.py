@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import threading
 from pathlib import Path
 
@@ -99,5 +100,24 @@ def test_members_meet_at_a_store_and_who_does_not_come_is_not_waited_for() -> No
     with pytest.raises(GroupLost, match="another group"):
         Group.form(store_client(at, 9, 5.0), 0, 2, CPU, ADDRESS, over.is_set)
     del server
+
+
+def test_a_store_whose_member_is_gone_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "TCPStore", lambda *_, **__: pytest.fail("torch would try a closed port for 30 seconds"))
     with pytest.raises(GroupLost, match="no store"):
-        store_client(f"{ADDRESS}:1", 1, 0.5)
+        store_client(f"{ADDRESS}:1", 1, 20.0)
+
+
+def test_a_store_on_a_host_that_is_silent_is_left_for_the_next_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[tuple[str, int]] = []
+
+    def connect(address: tuple[str, int], timeout: float) -> socket.socket:
+        assert timeout <= 1.0
+        tries.append(address)
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(GroupLost, match="another group"):
+        store_client("192.0.2.1:1", 1, 1000.0, lambda: len(tries) == 3)
+    with pytest.raises(GroupLost, match=r"no answer from 192\.0\.2\.1"):
+        store_client("192.0.2.1:1", 1, 0.0)
