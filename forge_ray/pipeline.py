@@ -130,7 +130,7 @@ STAGES: tuple[Stage, ...] = (
         call=lambda m, c, i, w, p: m.run(
             c.model, c.pretrain, i["tokenize"], w, run_id=p.fingerprint, frozen=dict(p.frozen)
         ),
-        observe=lambda m, c, w: m.observe(c.pretrain),
+        observe=lambda m, c, w: m.observe(c.model, c.pretrain),
     ),
     Stage(
         "evaluate",

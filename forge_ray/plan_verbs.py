@@ -44,11 +44,15 @@ def fit(config: ForgeConfig) -> Told:
     from forge_ray.data.shards import ShardIndex
     from forge_ray.plan import fit as fits
     from forge_ray.plan.fit import Run
+    from forge_ray.train import compiled
 
     workspace = Workspace(config.workspace, config.cache_bytes)
     with ExitStack() as stack:
         shards = pipeline.run(config, "tokenize", stack)["tokenize"].artifact
-        target = Run(config.model, config.pretrain, ShardIndex.of(shards).vocab_size, config.pretrain.max_workers)
+        # Compiled or not, all alike, so that their seconds and bytes can be compared.
+        compile_ = "on" if compiled.decide(config.model, config.pretrain) else "off"
+        training = config.pretrain.replace(compile=compile_)
+        target = Run(config.model, training, ShardIndex.of(shards).vocab_size, training.max_workers)
         rungs: list[Run] = []
         refs: list[str] = []
         plan = config.plan

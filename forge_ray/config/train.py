@@ -164,6 +164,14 @@ class PretrainConfig(Section):
     """Largest global gradient norm; larger gradients are scaled down to it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute precision; weights stay fp32. `auto` takes bf16 where the CPU or GPU computes it natively."""
+    at_once: Annotated[Positive | None, OPERATIONAL] = None
+    """Sequences of a slot that are computed at once; divides `micro_batch`. None for as many as fit into memory."""
+    recompute: Annotated[Literal["auto", "on", "off"], OPERATIONAL] = "auto"
+    """Whether blocks keep only their input for the backward pass and compute the rest again (activation checkpointing).
+    `auto` does so where not even one sequence fits without."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether blocks are compiled (torch.compile), which takes a C++ compiler on every node and a minute at the start.
+    `auto` does so where a run is long enough to gain by it."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides initial weights and the order of samples."""
     reduction: Literal["exact", "fast"] = "exact"
@@ -215,6 +223,8 @@ class PretrainConfig(Section):
     def _check(self) -> PretrainConfig:
         if self.slots & (self.slots - 1):
             raise ValueError(f"slots wants a power of two, got {self.slots}")
+        if self.at_once and self.micro_batch % self.at_once:
+            raise ValueError(f"at_once {self.at_once} does not divide micro_batch {self.micro_batch}")
         if self.min_workers > self.max_workers:
             raise ValueError(f"min_workers {self.min_workers} is more than max_workers {self.max_workers}")
         if self.max_workers > self.slots:

@@ -31,7 +31,7 @@ from forge_ray.memo import Memo
 from forge_ray.model.arithmetic import num_parameters
 from forge_ray.runtime import unwrapped
 from forge_ray.telemetry import Progress
-from forge_ray.train.pretrain import observe as observe_precision
+from forge_ray.train.pretrain import precision_of
 
 FORMAT_VERSION = 1
 OWN, GENERAL, ELSEWHERE = "own", "general", "general tokenizer"
@@ -324,7 +324,7 @@ def _tried(config: ForgeConfig, text: str, seed: int, table: Any, held_out: list
     from tokenizers import Tokenizer
 
     plan, scored = trial(config), Draw(config.sweep.scored_bytes)
-    bf16 = observe_precision(plan.config)["precision"] == "bf16"
+    bf16 = precision_of(plan.config) == "bf16"
     key = {"tokenizer": digest_bytes(text.encode()), "seed": seed, "bf16": bf16}
     if known := memo.get(key):
         return known[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from forge_ray.config import ModelConfig
 
+LONGEST_BY_ROWS = 2048  # attention by rows would keep too much of longer sequences for the backward pass
+
 
 def num_parameters(model: ModelConfig, vocab_size: int) -> int:
     """Trainable parameters, a tied output projection counted once."""
@@ -52,17 +54,39 @@ def state_bytes(model: ModelConfig, vocab_size: int, *, muon: bool) -> int:
     return (4 * 4 + 2) * everything - (4 * block_parameters(model) if muon else 0)
 
 
-def activation_bytes(model: ModelConfig, seq_len: int, sequences: int) -> int:
-    """Memory that a forward pass under bf16 autocast keeps for its backward pass, nothing recomputed.
+def activation_bytes(
+    model: ModelConfig,
+    seq_len: int,
+    sequences: int,
+    *,
+    cpu: bool = False,
+    recompute: bool = False,
+    compiled: bool = False,
+) -> int:
+    """Memory that a forward pass under bf16 autocast keeps for its backward pass.
 
     For a token and block: the stream before and after each norm (fp32) and as each product's input (bf16); queries and
     keys in fp32 before and after their norm, with the values in bf16; four feed-forward tensors (bf16), and for each
-    expert that it takes its input, twice, and output (bf16). Nothing grows with the square of the length (SDPA).
+    expert that it takes its input, twice, and output (bf16). A compiled block keeps what products need and computes
+    the rest again. On a CPU attention by rows keeps its probabilities (bf16); elsewhere nothing grows with the square
+    of the length (SDPA).
     """
     d, attention, kv = model.d_model, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    per_block = 26 * d + 12 * attention + 12 * kv
-    if model.num_experts:
-        per_block += model.experts_per_token * (8 * model.expert_width + 6 * d) + 8 * model.num_experts
+    if compiled and not model.num_experts:
+        per_block = 14 * d + 6 * (attention + kv) + 6 * model.d_ff
     else:
-        per_block += 8 * model.d_ff
+        per_block = 26 * d + 12 * attention + 12 * kv
+        if model.num_experts:
+            per_block += model.experts_per_token * (8 * model.expert_width + 6 * d) + 8 * model.num_experts
+        else:
+            per_block += 8 * model.d_ff
+    if cpu and seq_len <= LONGEST_BY_ROWS:
+        per_block += model.num_heads * (seq_len + row_block(seq_len)) + (0 if compiled else 2 * (attention + kv))
+    if recompute:  # the blocks' inputs, and one block's inside at a time
+        return sequences * seq_len * (model.num_layers * 4 * d + per_block + 8 * d)
     return sequences * seq_len * (model.num_layers * per_block + 8 * d)
+
+
+def row_block(seq_len: int) -> int:
+    """Rows of queries that attention by rows takes at a time."""
+    return max(128, seq_len // 8)

@@ -71,7 +71,13 @@ class Run:
         muon = self.config.optimizer.kind == "muon"
         sums = 2 * 4 * num_parameters(self.model, self.vocab_size)
         held = state_bytes(self.model, self.vocab_size, muon=muon) + sums
-        return held + activation_bytes(self.model, self.config.seq_len, self.config.micro_batch)
+        return held + activation_bytes(
+            self.model,
+            self.config.seq_len,
+            self.config.micro_batch,
+            cpu=not self.config.gpus_per_worker,
+            compiled=self.config.compile == "on",
+        )
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,7 @@ def _layout(case: _Case, model: ModelConfig, chip: Chip, machine: Machine, token
     vocab_size = case.config.tokenizer.vocab_size
     state = state_bytes(model, vocab_size, muon=training.optimizer.kind == "muon")
     sums = 2 * 4 * num_parameters(model, vocab_size)
-    one = activation_bytes(model, training.seq_len, 1)
+    one = activation_bytes(model, training.seq_len, 1, cpu=machine.chip == CORE)
     ways = [("replicated", "exact", state + sums), ("replicated", "fast", state), ("fsdp", "fast", state / workers)]
     sharding, reduction, held = next((way for way in ways if way[2] + one <= usable), ways[-1])
     if held + one > usable:

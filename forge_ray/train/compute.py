@@ -14,11 +14,12 @@ import torch
 from forge_ray.data.loader import SlotLoader
 from forge_ray.errors import ForgeError
 from forge_ray.model.transformer import Transformer
-from forge_ray.train import loop
+from forge_ray.train import compiled, fitting, loop
 from forge_ray.train.elastic.coordinator import LOST_EXIT
 from forge_ray.train.elastic.group import GroupLost, store_server
 from forge_ray.train.elastic.lines import Lines, Message
 from forge_ray.train.elastic.team import Control, Odd, Stopped, Team
+from forge_ray.train.fitting import Fit
 from forge_ray.train.guardian import Guardian
 from forge_ray.train.loop import Worker
 from forge_ray.train.optimizer import Optimizer
@@ -29,29 +30,34 @@ ODD_EXIT = 70
 
 
 def preload(task: Message) -> None:
-    """Imports what a compute process would import later, so that a fork has it. Starts no thread."""
+    """Imports what a compute process would import later, and compiles, so that a fork has it. Starts no thread."""
     import safetensors.torch  # noqa: F401
     import torch._dynamo
     import torch.distributed  # noqa: F401
 
     if task["spec"]["config"]["sharding"] == "fsdp":
         import forge_ray.train.sharded.seat  # noqa: F401
+    spec = RunSpec.from_json(task["spec"])
+    device = _device(spec)
+    if device.type == "cpu":
+        compiled.warm(spec, _fit(spec, device), device, forking=True)
 
 
 def main(task: Message, connection: socket.socket) -> None:
     """Trains until the run is done, this worker is told to stop, or it cannot be trusted."""
     spec = RunSpec.from_json(task["spec"])
     torch.set_num_threads(spec.config.cpus_per_worker)
-    device = torch.device("cuda", 0) if spec.config.gpus_per_worker else torch.device("cpu")
+    device = _device(spec)
     store, at = store_server(task["address"])
-    control = Control(Lines(connection), at, host_class(spec, device))
+    fit = _fit(spec, device)
+    control = Control(Lines(connection), at, host_class(spec, fit, device))
     try:
         if spec.config.sharding == "fsdp":
             from forge_ray.train.sharded import seat as sharded_seat
 
             sharded_seat.train(spec, task, control, device)
         else:
-            _train(spec, task, control, device)
+            _train(spec, fit, task, control, device)
     except GroupLost as error:  # of sharded workers; the others go on in another group
         print(f"the group is lost: {error}", flush=True)
         os._exit(LOST_EXIT)
@@ -65,8 +71,12 @@ def main(task: Message, connection: socket.socket) -> None:
     del store  # others meet there as long as this process lives
 
 
-def _train(spec: RunSpec, task: Message, control: Control, device: torch.device) -> None:
-    worker = build(spec, device)
+def _device(spec: RunSpec) -> torch.device:
+    return torch.device("cuda", 0) if spec.config.gpus_per_worker else torch.device("cpu")
+
+
+def _train(spec: RunSpec, fit: Fit, task: Message, control: Control, device: torch.device) -> None:
+    worker = build(spec, fit, device)
     record = Record(spec, worker, control)
     team = Team(control, task["address"], device, record.resume, record.on_formed, record.distrust, record.stored)
     record.team = team
@@ -95,21 +105,45 @@ def _finish(worker: Worker, team: Team, record: Record) -> None:
             team.lost(error)
 
 
-def build(spec: RunSpec, device: torch.device) -> Worker:
+def build(spec: RunSpec, fit: Fit, device: torch.device) -> Worker:
     """A worker without a state: peers or a checkpoint give it one."""
-    config = spec.config
-    loader = SlotLoader.of(config, spec.workspace.get(spec.shards_ref))
-    index = loader.order.index
-    model = Transformer(spec.model, index.vocab_size, config.seq_len).to(device)
-    optimizer = Optimizer(model, config.optimizer)
-    bf16 = spec.precision == "bf16"
-    return Worker(config, model, optimizer, loader, index.end_token, bf16, Guardian(config.guard))
+    compiled.warm(spec, fit, device)
+    loader = SlotLoader.of(spec.config, spec.workspace.get(spec.shards_ref))
+    return _worker(spec, fit, device, loader)
 
 
-def host_class(spec: RunSpec, device: torch.device) -> str:
+def _worker(spec: RunSpec, fit: Fit, device: torch.device, loader: SlotLoader | None) -> Worker:
+    model = Transformer(spec.model, spec.vocab_size, spec.config.seq_len).to(device)
+    return Worker(
+        spec.config,
+        model,
+        Optimizer(model, spec.config.optimizer),
+        loader,  # type: ignore[arg-type]
+        loader.order.index.end_token if loader else 0,
+        spec.precision == "bf16",
+        Guardian(spec.config.guard),
+        fit=fit,
+        compiled=spec.compiled,
+    )
+
+
+def _fit(spec: RunSpec, device: torch.device) -> Fit:
+    def attempt(fit: Fit) -> None:
+        worker = _worker(spec, fit, device, None)
+        loop.backward(worker, torch.zeros((spec.config.micro_batch, spec.config.seq_len + 1), dtype=torch.int64))
+        worker.sums.add(0)
+
+    return fitting.choose(spec.model, spec.config, spec.vocab_size, device, attempt)
+
+
+def host_class(spec: RunSpec, fit: Fit, device: torch.device) -> str:
     """What the bits of a result depend on besides the configuration: libraries, threads, the kind of processor."""
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
         processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return f"torch {torch.__version__}, {processor}, {spec.config.cpus_per_worker} thread(s), {spec.precision}"
+    parts = [f"torch {torch.__version__}", processor, f"{spec.config.cpus_per_worker} thread(s)", spec.precision]
+    parts += ["compiled"] * spec.compiled
+    if fit.at_once < spec.config.micro_batch:
+        parts.append(f"{fit.at_once} of {spec.config.micro_batch} sequences at once")
+    return ", ".join(parts)

@@ -6,7 +6,6 @@ with whom a step is computed, and a step that the group's loss interrupts is tak
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,9 +17,11 @@ from torch import Tensor
 from forge_ray.config import PretrainConfig
 from forge_ray.data.loader import SlotLoader
 from forge_ray.model.transformer import Transformer, document_mask
+from forge_ray.train import compiled, fitting
 from forge_ray.train.elastic import slots
 from forge_ray.train.elastic.group import Group, GroupLost
 from forge_ray.train.elastic.slots import Assignment, SlotSums
+from forge_ray.train.fitting import Fit
 from forge_ray.train.guardian import Guardian, Verdict
 from forge_ray.train.loss import objective
 from forge_ray.train.optimizer import Optimizer, rate_frac
@@ -83,8 +84,14 @@ class Worker:
     bf16: bool
     guardian: Guardian
     step: int = -1
+    compiled: bool = False
+    fit: Fit = None  # type: ignore[assignment]  # the whole slot at once
 
     def __post_init__(self) -> None:
+        self.fit = self.fit or next(fitting.ways(self.config))
+        self.model.recompute = self.fit.recompute
+        if self.compiled:
+            compiled.apply(self.model)
         self.state = FlatState(self.model, self.optimizer)
         self.sums = SlotSums(self.model, NUM_SCALARS, exact=self.config.reduction == "exact")
         self.clock = Clock()
@@ -255,16 +262,26 @@ def backward(worker: Worker, tokens: Tensor) -> float:
 
     Shapes: tokens (B, T + 1).
     """
-    tokens = tokens.to(next(worker.model.parameters()).device)
+    device, total = worker.sums.values.device, 0.0
+    for part in tokens.split(worker.fit.at_once):
+        share = len(part) / (len(tokens) * worker.config.slots)
+        total += share * float(learn(worker.model, part.to(device), worker.end_token, worker.bf16, share))
+    return total
+
+
+def learn(model: Transformer, tokens: Tensor, end_token: int, bf16: bool, weight: float) -> Tensor:
+    """Adds `weight` times the gradient of the sequences' loss; returns that loss, without weight.
+
+    Shapes: tokens (B, T + 1).
+    """
     inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
-    with autocast(inputs_BT.device.type, worker.bf16):
-        hidden_BTD = worker.model.hidden(inputs_BT, document_mask(inputs_BT, worker.end_token))
-    dtype = torch.bfloat16 if worker.bf16 else torch.float32
-    trained, loss = objective(worker.model, hidden_BTD, targets_BT, dtype)
-    (trained / worker.config.slots).backward()
-    return float(loss / worker.config.slots)
+    hidden_BTD = backbone(model, inputs_BT, end_token, bf16)
+    trained, loss = objective(model, hidden_BTD, targets_BT, torch.bfloat16 if bf16 else torch.float32)
+    (trained * weight).backward()
+    return loss
 
 
-def autocast(device_type: str, bf16: bool) -> contextlib.AbstractContextManager[None]:
-    """bf16 matrix products over fp32 weights, or plain fp32."""
-    return torch.autocast(device_type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
+def backbone(model: Transformer, inputs_BT: Tensor, end_token: int, bf16: bool) -> Tensor:
+    """The normalised last layer, (B, T, D), with bf16 matrix products over fp32 weights or in plain fp32."""
+    with torch.autocast(inputs_BT.device.type, dtype=torch.bfloat16, enabled=bf16):
+        return model.hidden(inputs_BT, document_mask(inputs_BT, end_token))

@@ -24,7 +24,7 @@ from forge_ray.events import Events
 from forge_ray.model.arithmetic import num_parameters, train_flops_per_token
 from forge_ray.runtime import unwrapped
 from forge_ray.telemetry import Progress, say
-from forge_ray.train import goodput, goodput_page
+from forge_ray.train import compiled, goodput, goodput_page
 from forge_ray.train.saving.checkpoint import OPTIMIZER, STATE, WEIGHTS, Checkpoints
 from forge_ray.train.spec import RunSpec
 
@@ -38,11 +38,20 @@ _PATIENCE_S = 30.0
 _STOP_S = 30.0
 
 
-def observe(config: PretrainConfig) -> dict[str, Any]:
-    """What is chosen automatically, frozen before the fingerprint: the compute precision."""
+def observe(model: ModelConfig, config: PretrainConfig) -> dict[str, Any]:
+    """What is chosen automatically, frozen before the fingerprint: the compute precision, and whether to compile.
+
+    Raises:
+        ConfigError: `pretrain.compile` is on, and there is no compiler here.
+    """
+    return {"precision": precision_of(config), "compiled": compiled.decide(model, config)}
+
+
+def precision_of(config: PretrainConfig) -> str:
+    """`bf16` or `fp32`."""
     if config.precision != "auto":
-        return {"precision": config.precision}
-    return {"precision": "bf16" if config.gpus_per_worker or _cpu_has_bf16() else "fp32"}
+        return config.precision
+    return "bf16" if config.gpus_per_worker or _cpu_has_bf16() else "fp32"
 
 
 def run(
@@ -72,9 +81,11 @@ def run(
     """
     from forge_ray.data import loader
 
-    loader.plan(config, shards)  # refuses here what every worker would refuse
+    order = loader.plan(config, shards)  # refuses here what every worker would refuse
     checkpoints = Checkpoints(workspace, run_id)
-    spec = RunSpec(run_id, workspace, shards.ref, model, config, frozen["precision"])
+    spec = RunSpec(
+        run_id, workspace, shards.ref, model, config, order.index.vocab_size, frozen["precision"], frozen["compiled"]
+    )
     last = checkpoints.newest()
     if last is None or last.read_json(STATE)["step"] < config.steps:
         events = Events(workspace.storage, run_id)
@@ -154,7 +165,7 @@ def _train(spec: RunSpec) -> None:
         "orphan_s": config.orphan_s,
         "preemption": config.preemption,
     }
-    say(f"  run {spec.run_id}: {num_workers_text(config)}, {spec.precision}")
+    say(f"  run {spec.run_id}: {num_workers_text(config)}, {spec.precision}{', compiled' if spec.compiled else ''}")
     with (
         tempfile.TemporaryDirectory(prefix="forge-train-", ignore_cleanup_errors=True) as folder,
         _Watch(coordinator, config.steps) as watch,
@@ -316,6 +327,7 @@ def _metrics(spec: RunSpec, state: dict[str, Any], curve: dict[str, list[Any]]) 
         "final_train_loss": sum(tail) / max(len(tail), 1),
         "tokens_per_s": tokens_per_step / step_s,
         "precision": spec.precision,
+        "compiled": spec.compiled,
         "reduction": config.reduction,
         "bits_depend_on": state["host_class"],
         "vocab_size": vocab_size,

@@ -18,7 +18,9 @@ class RunSpec:
     shards_ref: str
     model: ModelConfig
     config: PretrainConfig
+    vocab_size: int
     precision: str
+    compiled: bool
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -28,7 +30,9 @@ class RunSpec:
             "shards_ref": self.shards_ref,
             "model": self.model.model_dump(mode="json"),
             "config": self.config.model_dump(mode="json"),
+            "vocab_size": self.vocab_size,
             "precision": self.precision,
+            "compiled": self.compiled,
         }
 
     @staticmethod
@@ -40,5 +44,7 @@ class RunSpec:
             values["shards_ref"],
             ModelConfig.model_validate(values["model"]),
             PretrainConfig.model_validate(values["config"]),
+            values["vocab_size"],
             values["precision"],
+            values["compiled"],
         )

@@ -5,6 +5,7 @@ With real keepers and compute processes, and a coordinator in this process; bene
 
 from __future__ import annotations
 
+import shutil
 import signal
 import uuid
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from forge_ray.artifact import Workspace
 from forge_ray.config import ModelConfig, PretrainConfig
 from forge_ray.train.spec import RunSpec
 from tests.integration.crew import Crew
-from tests.unit.train.tiny_corpus import publish
+from tests.unit.train.tiny_corpus import VOCAB, publish
 from tests.waiting import wait_for
 
 MODEL = ModelConfig(num_layers=2, d_model=64, num_heads=2, num_kv_heads=1, head_dim=64, d_ff=128)
@@ -30,10 +31,11 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     workspace = Workspace(str(tmp_path_factory.mktemp("elastic")))
     shards_ref = publish(workspace).ref
 
-    def make(steps: int = STEPS, orphan_s: float = 20.0, **options: Any) -> Crew:
+    def make(steps: int = STEPS, orphan_s: float = 20.0, compiled: bool = False, **options: Any) -> Crew:
         settings = {"slots": 8, "micro_batch": 1, "seq_len": 64, "max_workers": 4, "checkpoint_every_s": 1.0, **options}
         config = PretrainConfig(steps=steps, **settings)
-        return Crew(RunSpec(uuid.uuid4().hex[:16], workspace, shards_ref, MODEL, config, "fp32"), orphan_s)
+        run_id = uuid.uuid4().hex[:16]
+        return Crew(RunSpec(run_id, workspace, shards_ref, MODEL, config, VOCAB, "fp32", compiled), orphan_s)
 
     return make
 
@@ -87,6 +89,25 @@ def test_resizes_deaths_and_a_new_coordinator_change_no_bit_and_lose_no_step(mak
         assert {row["cause"] for row in forms} == {"start", "join", "lost", "drain"}
         steps = [(row["time_s"], row["step"]) for row in crew.events("step") if not row.get("again")]
         assert [step for _, step in sorted(steps)] == sorted(step for _, step in steps), "a committed step was lost"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_worker_forked_from_a_keeper_that_has_compiled_takes_over_in_the_same_bits(make: Make) -> None:
+    weights = []
+    for faults in (False, True):
+        with make(compiled=True) as crew:
+            names = crew.prepare(2)
+            crew.call(*names[: 1 + faults])
+            crew.wait_members(1 + faults)
+            if faults:
+                crew.wait_step(5)
+                crew.kill(names[1])
+                crew.wait_step(crew.step() + 3)
+                crew.wait_members(2)
+            crew.wait_end()
+            assert committed(crew) == list(range(STEPS))
+            weights.append(crew.weights())
+    assert weights[0] == weights[1]
 
 
 def test_every_worker_dies_at_once_and_the_run_goes_on_from_its_checkpoint(make: Make, undisturbed: str) -> None:

@@ -129,6 +129,13 @@ def test_an_anchor_can_be_merged_and_overridden(write_yaml: WriteYaml) -> None:
 # -------------------------------------------------------------------------------------------------------------- traps
 
 
+@pytest.mark.parametrize("word", ["off", "no", "yes"])
+def test_a_word_that_yaml_1_1_takes_for_a_boolean_stays_a_word(write_yaml: WriteYaml, word: str) -> None:
+    text = f"pretrain: {{preemption: off}}\nworkspace: {word}\nmodel: {{tied_embeddings: true}}"
+    config = resolve([write_yaml(text)], (), {}).config
+    assert (config.workspace, config.pretrain.preemption, config.model.tied_embeddings) == (word, "off", True)
+
+
 def test_a_missing_file_is_refused_with_the_nearest_one_there_is(write_yaml: WriteYaml) -> None:
     job = write_yaml("pretrain: {steps: 5}", "demo.yaml")
     text = _refused([job.with_name("dmeo.yaml")])
@@ -303,6 +310,7 @@ def test_operational_fields_do_not_change_what_is_fingerprinted_and_all_others_d
         "decay_frac": 0.2,
         "grad_clip": 0.5,
         "precision": "fp32",
+        "compile": "off",
         "seed": 1,
         "optimizer": {"kind": "adamw"},
         "mixture": {"epochs": {"botocore": 2.0}},
@@ -327,6 +335,8 @@ def test_operational_fields_do_not_change_what_is_fingerprinted_and_all_others_d
         "digest_every_steps": 1,
         "preemption": "off",
         "usd_per_node_hour": 1.0,
+        "at_once": 1,
+        "recompute": "on",
     }
     base = PretrainConfig(reduction="fast")
     assert set(deciding) | set(operational) == set(PretrainConfig.model_fields)

@@ -117,6 +117,7 @@ def start_keeper(seat: Path, threads: int) -> None:
     """Starts a keeper that outlives this process. It listens at the seat's socket some seconds later."""
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     # torch's store asks the DNS for the name of whoever connects, and a group waits for that (torch 2.13).
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # Inductor's own processes would be threads of the keeper
     environment["RES_OPTIONS"] = "timeout:1 attempts:1"
     log = (seat / LOG).open("ab")
     with log:

@@ -18,7 +18,7 @@ from forge_ray.train.elastic.lines import Lines, Message
 from forge_ray.train.nodes.preemption import Notice, Watch
 
 _WAIT_S = 0.2
-_KEEPER_S = 120.0
+_KEEPER_S = 600.0  # where it compiles on a busy node
 _DRAIN_S = 120.0
 
 

@@ -36,9 +36,9 @@ from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 from forge_ray.config import AdamWConfig, ModelConfig, MuonConfig, PretrainConfig
 from forge_ray.data.loader import SlotLoader
 from forge_ray.errors import TrainError
-from forge_ray.model.transformer import Transformer, document_mask, rotary_tables
+from forge_ray.model.transformer import Transformer, rotary_tables
 from forge_ray.train.elastic.group import Group, GroupLost
-from forge_ray.train.loss import objective
+from forge_ray.train.loop import learn
 from forge_ray.train.optimizer import Optimizer, rate_frac
 
 
@@ -133,7 +133,7 @@ class ShardedWorker:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         index = loader.order.index
         self.end_token = index.end_token
-        self.model = _shard(shape, index.vocab_size, config.seq_len, bf16, device)
+        self.model = _shard(shape, index.vocab_size, config.seq_len, bf16, device, recompute=config.recompute == "on")
         named = dict(self.model.named_parameters())
         self._matrices = {name: p for name, p in named.items() if p.ndim == 2}
         with torch.no_grad():
@@ -164,26 +164,29 @@ class ShardedWorker:
     def compute(self, position: int, votes: Sequence[float] = ()) -> tuple[float, float, list[float]]:
         """Forward and backward over the slots of a position; the gradients wait for `commit` or `discard`.
 
-        Gradients are scattered after every slot. Scattering once per step would keep a whole fp32 gradient on every
-        worker, which is what did not fit; each slot gathers the blocks twice anyway, so it saves half the traffic at
-        most. A worker with fewer slots than others goes through the same collective calls with two tokens of weight
-        zero.
+        Gradients are scattered after every pass: a slot, or `at_once` of its sequences. Scattering once per step would
+        keep a whole fp32 gradient on every worker, which is what did not fit; each pass gathers the blocks twice
+        anyway, so it saves half the traffic at most. A worker with fewer passes than others goes through the same
+        collective calls with two tokens of weight zero.
 
         Returns:
             Loss in nats per token, the norm of the gradient and the sum of the votes, the same on every worker.
         """
-        count = self.config.slots
-        slots = range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        at_once = self.config.at_once or self.config.micro_batch
+        parts = self.config.micro_batch // at_once
+        count = self.config.slots * parts
+        mine = range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
         passes = -(-count // self.size)
         self.data_s = 0.0
         for i in range(passes):
-            # The embedding and the head stay gathered from slot to slot.
+            # The embedding and the head stay gathered from pass to pass.
             self.model.set_reshard_after_backward(i + 1 == passes, recurse=False)
-            if i < len(slots):
+            if i < len(mine):
+                slot, part = divmod(mine[i], parts)
                 asked_s = time.monotonic()
-                tokens = torch.from_numpy(self.loader.slot(position, slots[i]))
+                tokens = torch.from_numpy(self.loader.slot(position, slot))
                 self.data_s += time.monotonic() - asked_s
-                self._backward(tokens, 1.0 / count)
+                self._backward(tokens[part * at_once : (part + 1) * at_once], 1.0 / count)
             else:
                 self._backward(torch.zeros((1, 3), dtype=torch.int64), 0.0)
         self._scalars[1] = nn.utils.get_total_norm(self._gradients()).square()
@@ -278,14 +281,7 @@ class ShardedWorker:
 
     def _backward(self, tokens: Tensor, weight: float) -> None:
         """Adds `weight` times the gradient of a micro-batch's loss. Shapes: tokens (B, T + 1)."""
-        tokens = tokens.to(self.device)
-        inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            hidden_BTD = self.model.hidden(inputs_BT, document_mask(inputs_BT, self.end_token))
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        trained, loss = objective(self.model, hidden_BTD, targets_BT, dtype)
-        (trained * weight).backward()
-        self._scalars[0] += loss * weight
+        self._scalars[0] += weight * learn(self.model, tokens.to(self.device), self.end_token, self.bf16, weight)
 
 
 class ShardedOptimizer(Optimizer):
@@ -360,7 +356,9 @@ class _Named(nn.Module):
         yield from self._named.items()
 
 
-def _shard(shape: ModelConfig, vocab_size: int, max_len: int, bf16: bool, device: torch.device) -> Transformer:
+def _shard(
+    shape: ModelConfig, vocab_size: int, max_len: int, bf16: bool, device: torch.device, recompute: bool
+) -> Transformer:
     """A model of which this worker has its rows, not yet initialised. One block at a time is allocated whole.
 
     Blocks gather their matrices in the precision in which they compute: with fp32 matrices under autocast, autograd
@@ -370,6 +368,7 @@ def _shard(shape: ModelConfig, vocab_size: int, max_len: int, bf16: bool, device
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     with torch.device("meta"):
         model = Transformer(shape, vocab_size, max_len)
+    model.recompute = recompute
     model.cos, model.sin = (table.to(device) for table in rotary_tables(max_len, shape.head_dim, shape.rope_theta))
     compute = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False

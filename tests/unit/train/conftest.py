@@ -10,12 +10,12 @@ import torch
 
 from forge_ray.artifact import Artifact, Workspace
 from forge_ray.config import ModelConfig, PretrainConfig
-from forge_ray.train import compute
+from forge_ray.train import compute, fitting
 from forge_ray.train.guardian import Verdict
 from forge_ray.train.loop import Alone, Worker
 from forge_ray.train.record import Record
 from forge_ray.train.spec import RunSpec
-from tests.unit.train.tiny_corpus import publish
+from tests.unit.train.tiny_corpus import VOCAB, publish
 
 ADAMW = {"kind": "adamw", "learning_rate": 4e-3}
 MUON = {"kind": "muon", "learning_rate": 8e-3}
@@ -46,7 +46,7 @@ def spec(corpus: Artifact) -> Callable[..., RunSpec]:
         shape = ModelConfig(**{"num_layers": 2, "d_model": 32, "num_heads": 1, "d_ff": 48, **(model or {})})
         settings = {"steps": 12, "slots": 8, "micro_batch": 1, "seq_len": 32, "optimizer": ADAMW, **config}
         precision = settings.get("precision", "fp32")
-        return RunSpec(run_id, corpus.workspace, corpus.ref, shape, PretrainConfig(**settings), precision)
+        return RunSpec(run_id, corpus.workspace, corpus.ref, shape, PretrainConfig(**settings), VOCAB, precision, False)
 
     return make
 
@@ -84,7 +84,7 @@ def build(spec: Callable[..., RunSpec]) -> Callable[..., Worker]:
 
     def make(**options: Any) -> Worker:
         told = spec(**options)
-        worker = compute.build(told, torch.device("cpu"))
+        worker = compute.build(told, next(fitting.ways(told.config)), torch.device("cpu"))
         worker.team = Recorded(told, worker)
         worker.team.record.resume(worker, None)
         return worker

@@ -1,0 +1,335 @@
+"""What a token teaches: held-out bits per byte against compute, our recipe beside plain AdamW with a cosine.
+
+Two corpora (AWS service descriptions, Linux kernel documents), own vocabulary of 4,096. A run is one process of one
+thread that trains for a given number of floating-point operations, those of the optimizer included, and scores held-out
+text. The plain recipe is AdamW on everything, a cosine down to a tenth, and the same batch; its learning rate is tuned
+for each corpus and size among powers of two. Ours runs at shares of the plain one's compute, and `value` is the share
+at which it reaches the plain one's loss, by interpolation between runs (each with its own schedule to the end), the
+larger of all corpora and sizes: goal 0.5.
+
+    python bench/recipe.py --data FOLDER                 the pair at two sizes, 3 seeds, two corpora
+    python bench/recipe.py --data FOLDER --quick         the smaller size, one seed, one corpus; about half an hour
+    python bench/recipe.py --data FOLDER --ablations     each ingredient alone, smaller size, 2 seeds, one corpus
+
+The folder keeps corpora, the workspace and every finished run (`runs.jsonl`), so that what was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+Row = dict[str, Any]
+GOAL_FRAC = 0.5
+VOCAB, SEQ_LEN, MICRO, SCORED_BYTES = 4096, 512, 8, 400_000
+SIZES = {"1M": 2, "4M": 4}  # depths: 0.9 and 3.9 million parameters
+TOKENS_PER_PARAMETER = 10  # of the plain recipe at full compute
+BATCH = {"1M": 16384, "4M": 16384}
+SHARES = (0.35, 0.5, 0.7)
+PLAIN_RATES = (2e-3, 4e-3, 8e-3)
+
+MUON = {"kind": "muon"}
+OURS: Row = {"optimizer": MUON}
+# What each ingredient is worth: ours without it, or with it where ours has it not.
+ABLATIONS: dict[str, Row] = {
+    "ours": OURS,
+    "AdamW": {"optimizer": {"kind": "adamw"}},
+    "cosine": {**OURS, "cosine": True},
+    "batch x 2": {**OURS, "batch": 2.0},
+    "batch / 2": {**OURS, "batch": 0.5},
+    "decay 0.3": {**OURS, "decay_frac": 0.3},
+    "decay 0.95": {**OURS, "decay_frac": 0.95},
+    "muon rate x 2": {"optimizer": {"kind": "muon", "learning_rate": 16e-3}},
+    "muon rate / 2": {"optimizer": {"kind": "muon", "learning_rate": 4e-3}},
+    "embedding rate x 3": {"optimizer": {"kind": "muon", "adamw": {"kind": "adamw", "learning_rate": 12e-3}}},
+    "embedding rate / 2": {"optimizer": {"kind": "muon", "adamw": {"kind": "adamw", "learning_rate": 2e-3}}},
+    "weight decay 0": {"optimizer": {"kind": "muon", "weight_decay": 0.0}},
+    "initial std 0.05": {**OURS, "model": {"init_std": 0.05}},
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- one run
+
+
+def optimizer_flops(model: Any, kind: str) -> float:
+    """Of one step: Muon's five iterations of Newton-Schulz; AdamW's few operations do not count."""
+    if kind != "muon":
+        return 0.0
+    d, heads, kv = model.d_model, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    shapes = [(heads, d), (kv, d), (kv, d), (d, heads), (model.d_ff, d), (model.d_ff, d), (d, model.d_ff)]
+    sides = [sorted(shape) for shape in shapes]
+    return model.num_layers * sum(5.0 * (4 * m * m * n + 2 * m**3) for m, n in sides)
+
+
+def train(words: Row) -> Row:
+    """Trains for the compute and scores; in this process, with one thread."""
+    import torch
+
+    from forge_ray.artifact import Workspace
+    from forge_ray.config import ModelConfig, PretrainConfig
+    from forge_ray.data import tokenizer as vocabulary
+    from forge_ray.data.loader import SlotLoader
+    from forge_ray.evaluate.equal_compute import bits_per_byte
+    from forge_ray.model.arithmetic import num_parameters, train_flops_per_token
+    from forge_ray.model.transformer import Transformer
+    from forge_ray.train import loop
+    from forge_ray.train.guardian import Guardian
+    from forge_ray.train.optimizer import Optimizer
+
+    torch.set_num_threads(1)
+    recipe, workspace = words["recipe"], Workspace(words["workspace"])
+    model = ModelConfig(depth=SIZES[words["size"]], **recipe.get("model", {}))
+    batch = BATCH[words["size"]] * recipe.get("batch", 1.0)
+    per_token = train_flops_per_token(model, VOCAB, SEQ_LEN)
+    plain_flops = per_token * TOKENS_PER_PARAMETER * num_parameters(model, VOCAB)
+    step_flops = per_token * batch + optimizer_flops(model, recipe["optimizer"]["kind"])
+    config = PretrainConfig(
+        steps=round(words["share"] * plain_flops / step_flops),
+        slots=round(batch / MICRO / SEQ_LEN),
+        micro_batch=MICRO,
+        seq_len=SEQ_LEN,
+        max_workers=1,
+        seed=words["seed"],
+        reduction="fast",
+        optimizer=recipe["optimizer"],
+        **{name: recipe[name] for name in ("decay_frac", "warmup_frac") if name in recipe},
+    )
+    if recipe.get("cosine"):
+        loop.rate_frac = cosine
+    shards, documents = workspace.get(words["shards"]), workspace.get(words["documents"])
+    loader = SlotLoader.of(config, shards)
+    index = loader.order.index
+    net = Transformer(model, index.vocab_size, SEQ_LEN).initialise(config.seed)
+    worker = loop.Worker(
+        config,
+        net,
+        Optimizer(net, config.optimizer),
+        loader,
+        index.end_token,
+        True,
+        Guardian(config.guard),
+        step=0,
+        compiled=True,
+    )
+    losses: list[float] = []
+    loop.fit(worker, loop.Alone(), lambda record: losses.append(record.loss), lambda verdict: None)
+    loader.reader.close()
+    texts = [row["text"] for row in vocabulary.sample(documents, "heldout", SCORED_BYTES)]
+    tokenizer = vocabulary.load(workspace.get(words["tokenizer"]))
+    return {
+        "bits_per_byte": bits_per_byte(net.eval(), tokenizer, texts, SEQ_LEN),
+        "train_loss": statistics.mean(losses[-20:]),
+        "steps": config.steps,
+        "tokens": config.steps * round(batch),
+        "flops": config.steps * step_flops,
+        "parameters": num_parameters(model, VOCAB),
+    }
+
+
+def cosine(step: int, config: Any) -> float:
+    """The plain schedule: linear warm-up, then half a cosine down to a tenth."""
+    warmup = config.warmup_frac * config.steps
+    if step < warmup:
+        return float((step + 1) / warmup)
+    done = (step - warmup) / (config.steps - warmup)
+    return 0.1 + 0.45 * (1.0 + math.cos(math.pi * done))
+
+
+# ------------------------------------------------------------------------------------------------------------- driving
+
+
+class Runs:
+    """Runs by what they are, in a file, a few at a time."""
+
+    def __init__(self, path: Path, cpus: int) -> None:
+        self._path, self._lock = path, Lock()
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._rows: dict[str, Row] = dict(json.loads(line) for line in lines)
+        self._pool = ThreadPoolExecutor(cpus)
+
+    def all(self, wanted: list[Row]) -> list[Row]:
+        """The results, in the order of what is wanted."""
+        return [{**words, **found} for words, found in zip(wanted, self._pool.map(self._get, wanted), strict=True)]
+
+    def _get(self, words: Row) -> Row:
+        key = json.dumps(words, sort_keys=True)
+        if key not in self._rows:
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            done = subprocess.run(
+                [sys.executable, __file__, "--serve", key], env=environment, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise RuntimeError(done.stderr[-2000:])
+            found = json.loads(done.stdout.splitlines()[-1])
+            with self._lock:
+                self._rows[key] = found
+                with self._path.open("a") as sink:
+                    sink.write(json.dumps([key, found]) + "\n")
+            bits, tokens = found["bits_per_byte"], found["tokens"] / 1e6
+            say(f"  {describe(words)}: {bits:.4f} bits per byte, {tokens:.1f} M tokens")
+        return self._rows[key]
+
+
+def describe(words: Row) -> str:
+    """A run in a line."""
+    return f"{words['domain']} {words['size']} {words['name']} x {words['share']} seed {words['seed']}"
+
+
+def corpora(data: Path, domains: list[str], cpus: int) -> dict[str, Row]:
+    """Tokenizes each domain once; gives what a run needs to find it."""
+    from vocabulary import fetch, kernel
+
+    from forge_ray import pipeline
+    from forge_ray.config import ForgeConfig
+
+    fetch(data)
+    sources: dict[str, Row] = {
+        "aws": {"kind": "botocore"},
+        "kernel": {"kind": "files", "uri": str(kernel(data)), "name": "kernel", "licence": "GPL-2.0-only"},
+    }
+    found = {}
+    for domain in domains:
+        job = {
+            "workspace": str(data / "workspace"),
+            "ray": {"address": "local", "num_cpus": cpus, "dashboard": False},
+            "ingest": {"sources": [sources[domain]], "held_out_frac": 0.05},
+            "curate": {"exact": {"enabled": True}, "near": {"enabled": True}, "lines": {"enabled": True}},
+            "tokenizer": {"vocab_size": VOCAB, "sample_bytes": 16 << 20},
+        }
+        done = pipeline.run(ForgeConfig.model_validate(job), "tokenize", named=False)
+        found[domain] = {
+            "workspace": job["workspace"],
+            "shards": done["tokenize"].artifact.ref,
+            "documents": done["curate"].artifact.ref,
+            "tokenizer": done["tokenizer"].artifact.ref,
+        }
+    return found
+
+
+def plain(rate: float) -> Row:
+    """The plain recipe."""
+    return {"optimizer": {"kind": "adamw", "learning_rate": rate}, "cosine": True}
+
+
+def share_needed(ours: dict[float, float], wanted: float) -> float:
+    """Share of the compute at which ours reaches a score: straight lines between runs, over the log of compute."""
+    points = sorted((math.log(share), bits) for share, bits in ours.items())
+    pairs = [pair for pair in itertools.pairwise(points) if pair[1][1] <= wanted]
+    (left, above), (right, below) = pairs[0] if pairs else (points[-2], points[-1])
+    if above == below:
+        return math.exp(right)
+    return math.exp(left + (right - left) * (above - wanted) / (above - below))
+
+
+def pair(runs: Runs, corpus: Row, domain: str, size: str, seeds: range) -> Row:
+    """Both recipes on a corpus at a size."""
+
+    def wanted(name: str, recipe: Row, share: float, seed: int) -> Row:
+        return {"domain": domain, "size": size, "name": name, "recipe": recipe, "share": share, "seed": seed, **corpus}
+
+    tuned = runs.all([wanted(f"plain {rate:g}", plain(rate), 1.0, 0) for rate in PLAIN_RATES])
+    best = min(tuned, key=lambda row: row["bits_per_byte"])
+    base = runs.all([wanted(best["name"], best["recipe"], 1.0, seed) for seed in seeds])
+    mine = runs.all([wanted("ours", OURS, share, seed) for share in SHARES for seed in seeds])
+    target = statistics.mean(row["bits_per_byte"] for row in base)
+    curve = {s: statistics.mean(r["bits_per_byte"] for r in mine if r["share"] == s) for s in SHARES}
+    each = [
+        share_needed({r["share"]: r["bits_per_byte"] for r in mine if r["seed"] == b["seed"]}, b["bits_per_byte"])
+        for b in base
+    ]
+    return {
+        "plain": round(target, 4),
+        "plain_rate": best["recipe"]["optimizer"]["learning_rate"],
+        "plain_tuning": {row["recipe"]["optimizer"]["learning_rate"]: round(row["bits_per_byte"], 4) for row in tuned},
+        "ours": {share: round(bits, 4) for share, bits in curve.items()},
+        "compute_frac": round(share_needed(curve, target), 3),
+        "by_seed": [round(share, 3) for share in each],
+        "parameters": base[0]["parameters"],
+        "plain_tokens": base[0]["tokens"],
+    }
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Prints one JSON object as the last line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder for downloads, the workspace and the runs")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=list(ABLATIONS), help="these ablations")
+    parser.add_argument("--domains", nargs="+", choices=("aws", "kernel"))
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--cpus", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    data = options.data.resolve()
+    short = options.quick or options.ablations
+    domains = options.domains or (["aws"] if short else ["aws", "kernel"])
+    found = corpora(data, domains, options.cpus)
+    runs = Runs(data / "runs.jsonl", options.cpus)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    last: Row = {
+        "name": "recipe",
+        "versions": {name: metadata.version(name) for name in ("torch", "tokenizers", "botocore")},
+        "host": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
+        "commit": commit.stdout.strip(),
+    }
+    if options.ablations:
+        seeds = range(options.seeds or 2)
+        wanted = [
+            {"domain": d, "size": "1M", "name": name, "recipe": ABLATIONS[name], "share": 0.5, "seed": seed, **found[d]}
+            for name in options.only or ABLATIONS
+            for d in domains
+            for seed in seeds
+        ]
+        table: dict[str, list[float]] = {}
+        for row in runs.all(wanted):
+            table.setdefault(f"{row['domain']} {row['name']}", []).append(round(row["bits_per_byte"], 4))
+        for name, bits in table.items():
+            say(f"{name:32} {statistics.mean(bits):.4f}  {bits}")
+        print(json.dumps({**last, "ablations": table}))
+        return
+    sizes, seeds = (["1M"], range(options.seeds or 1)) if options.quick else (list(SIZES), range(options.seeds or 3))
+    pairs = {f"{d} {size}": pair(runs, found[d], d, size, seeds) for d in domains for size in sizes}
+    for name, row in pairs.items():
+        say(f"{name}: {row['compute_frac']} of the compute, by seed {row['by_seed']}")
+        say(f"  plain {row['plain']} bits per byte, ours {row['ours']}")
+    value = max(row["compute_frac"] for row in pairs.values())
+    print(
+        json.dumps(
+            {
+                **last,
+                "value": value,
+                "goal": GOAL_FRAC,
+                "met": value <= GOAL_FRAC,
+                "ours": {name: row["ours"] for name, row in pairs.items()},
+                "peers": {name: {"plain": row["plain"], "rates": row["plain_tuning"]} for name, row in pairs.items()},
+                "spread": {name: row["by_seed"] for name, row in pairs.items()},
+                "pairs": pairs,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        print(json.dumps(train(json.loads(sys.argv[2]))))
+    else:
+        main()
