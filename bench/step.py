@@ -7,16 +7,18 @@ with its document boundaries, exact sums and guardian. Peers run as their own re
 torchtitan compute the same model (Qwen3), nanoGPT and nanochat their own shape at the same width and depth. Each is
 tried compiled and not, with micro-batches of about 1,024 and 4,096 tokens, and its best setting counts.
 
-What is compared is the rate of useful floating-point operations, six for each weight of a matrix product and token and
-half of a square of attention, so that another shape's smaller model is no advantage; for the same model that is
-tokens/s. `value` is ours over the best peer's, 1 worker, 10 M parameters, T = 512: the median of rounds in which all
-take turns. One worker is timed in CPU seconds of its one thread, two by the clock. The peak that shares are told of is
-the best of several bf16 matrix products, measured in each round.
+What is compared is the rate of a model's floating-point operations, six for each weight of a matrix product and token
+and those of attention without regard to its mask, as PaLM, nanoGPT and torchtitan count them (arXiv 2204.02311,
+appendix B), so that another shape's smaller model is no advantage; for the same model that is tokens/s. `share_causal`
+counts half of attention. `value` is ours over the best peer's, 1 worker, 10 M parameters, T = 512: the median of rounds
+in which all take turns. One worker is timed in CPU seconds of its one thread, two by the clock. The peak that shares
+are told of is the best of several bf16 matrix products, measured in each round.
 
     python bench/step.py --peer PYTHON --nanogpt FOLDER --nanochat FOLDER      all cells; about two hours
     python bench/step.py --quick ...                                           10 M, T = 512, 1 worker; 15 minutes
 
-PYTHON has transformers, litgpt, torchtitan; the folders are clones. A side that is not there is left out.
+PYTHON has transformers, litgpt, torchtitan 0.2.2 (later ones train language models with kernels for GPUs only); the
+folders are clones. A side that is not there is left out.
 """
 
 from __future__ import annotations
@@ -214,32 +216,25 @@ def _litgpt(shape: Any, seq_len: int) -> Any:
 
 
 def _torchtitan(shape: Any, seq_len: int) -> Any:
+    import torch
     from torchtitan.components.loss import cross_entropy_loss
-    from torchtitan.models import qwen3
-    from torchtitan.models.common import CosSinRoPE, Embedding, Linear
+    from torchtitan.models.qwen3.model.args import Qwen3ModelArgs
+    from torchtitan.models.qwen3.model.model import Qwen3Model
 
-    layers = qwen3._build_qwen3_layers(
-        n_layers=shape["num_layers"],
+    arguments = Qwen3ModelArgs(
         dim=shape["d_model"],
+        n_layers=shape["num_layers"],
         n_heads=shape["num_heads"],
         n_kv_heads=shape["num_kv_heads"],
+        vocab_size=VOCAB,
         head_dim=shape["head_dim"],
         hidden_dim=shape["d_ff"],
-        attn_backend="sdpa",
-        rope=CosSinRoPE.Config(dim=shape["head_dim"], max_seq_len=seq_len, theta=10000.0),
-    )
-    model = qwen3.Qwen3Model.Config(
-        vocab_size=VOCAB,
-        dim=shape["d_model"],
-        norm=qwen3._qwen3_norm(shape["d_model"]),
+        max_seq_len=seq_len,
         enable_weight_tying=True,
-        tok_embeddings=Embedding.Config(
-            num_embeddings=VOCAB, embedding_dim=shape["d_model"], param_init=qwen3._EMBEDDING_SKIP_INIT
-        ),
-        lm_head=Linear.Config(in_features=shape["d_model"], out_features=VOCAB, param_init=qwen3._LINEAR_INIT),
-        layers=layers,
-    ).build()
-    model.init_weights()
+    )
+    model = Qwen3Model(arguments)
+    with torch.no_grad():
+        model.init_weights()
     return model, lambda model, x, y: cross_entropy_loss(model(x), y) / y.numel()
 
 
@@ -271,14 +266,14 @@ MODELS: dict[str, Callable[[Any, int], Any]] = {
 }
 
 
-def flops_per_token(side: str, shape: Any, seq_len: int) -> float:
-    """Useful operations of a token, forward and backward: attention counted for the keys that it may see."""
+def flops_per_token(side: str, shape: Any, seq_len: int, *, causal: bool = False) -> float:
+    """Operations of a token, forward and backward; `causal`: attention counted for the keys that it may see."""
     d, layers = shape["d_model"], shape["num_layers"]
     attention = shape["num_heads"] * shape["head_dim"]
     block = d * attention * 2 + 2 * d * shape["num_kv_heads"] * shape["head_dim"] + 3 * d * shape["d_ff"]
     if side in ("nanogpt", "nanochat"):
         attention, block = d, 12 * d * d
-    return 6.0 * (layers * block + VOCAB * d) + 6.0 * layers * attention * seq_len
+    return 6.0 * (layers * block + VOCAB * d) + (6.0 if causal else 12.0) * layers * attention * seq_len
 
 
 def serve(words: list[str]) -> None:
@@ -426,6 +421,11 @@ def measure(size: str, seq_len: int, workers: int, pythons: dict[str, str], roun
                 "spread": [round(min(tokens[name])), round(max(tokens[name]))],
                 "share_of_peak": round(
                     statistics.median(r / workers / p for r, p in zip(rates[name], peaks, strict=True)), 3
+                ),
+                "share_causal": round(
+                    statistics.median(t / workers / p for t, p in zip(tokens[name], peaks, strict=True))
+                    * flops_per_token(name, shapes, seq_len, causal=True),
+                    3,
                 ),
                 "ours_over": round(statistics.median(a / b for a, b in zip(rates[OURS], rates[name], strict=True)), 3),
                 "compiled": sides[name].setting.compiled,

@@ -162,8 +162,9 @@ class PretrainConfig(Section):
     """Share of the steps, at the end, in which the rate falls linearly to zero; constant in between."""
     grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute precision; weights stay fp32. `auto` takes bf16 where the CPU or GPU computes it natively."""
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
+    """Compute precision; weights stay fp32. `auto` takes bf16 where the CPU or GPU computes it natively. `fp8`, on GPUs
+    of compute capability 8.9 and newer (Ada, Hopper), is bf16 with the products of dense blocks in 8 bits."""
     at_once: Annotated[Positive | None, OPERATIONAL] = None
     """Sequences of a slot that are computed at once; divides `micro_batch`. None for as many as fit into memory."""
     recompute: Annotated[Literal["auto", "on", "off"], OPERATIONAL] = "auto"
@@ -225,6 +226,13 @@ class PretrainConfig(Section):
             raise ValueError(f"slots wants a power of two, got {self.slots}")
         if self.at_once and self.micro_batch % self.at_once:
             raise ValueError(f"at_once {self.at_once} does not divide micro_batch {self.micro_batch}")
+        if self.precision == "fp8":
+            if not self.gpus_per_worker:
+                raise ValueError("precision fp8 wants GPUs: set gpus_per_worker")
+            if self.seq_len % 16:
+                raise ValueError(f"precision fp8 wants seq_len to be a multiple of 16, got {self.seq_len}")
+            if self.sharding == "fsdp":
+                raise ValueError("precision fp8 wants replicated parameters, not sharding fsdp")
         if self.min_workers > self.max_workers:
             raise ValueError(f"min_workers {self.min_workers} is more than max_workers {self.max_workers}")
         if self.max_workers > self.slots:

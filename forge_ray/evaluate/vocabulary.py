@@ -324,7 +324,7 @@ def _tried(config: ForgeConfig, text: str, seed: int, table: Any, held_out: list
     from tokenizers import Tokenizer
 
     plan, scored = trial(config), Draw(config.sweep.scored_bytes)
-    bf16 = precision_of(plan.config) == "bf16"
+    bf16 = precision_of(plan.config) != "fp32"
     key = {"tokenizer": digest_bytes(text.encode()), "seed": seed, "bf16": bf16}
     if known := memo.get(key):
         return known[0]

@@ -74,6 +74,7 @@ def warm(spec: RunSpec, fit: Fit, device: torch.device, *, forking: bool = False
         return
     import torch
 
+    from forge_ray.model import fp8
     from forge_ray.model.transformer import Transformer
     from forge_ray.train.loop import backbone
 
@@ -87,10 +88,12 @@ def warm(spec: RunSpec, fit: Fit, device: torch.device, *, forking: bool = False
     # A block of its own shape, one vocabulary as good as another.
     shape = spec.model.replace(depth=None, num_layers=1)
     model = Transformer(shape, _TINY_VOCABULARY, spec.config.seq_len).initialise(0).to(device)
+    if spec.precision == "fp8":
+        fp8.apply(model)
     apply(model)
     tokens = torch.zeros((fit.at_once, spec.config.seq_len + 1), dtype=torch.int64, device=device)
     try:
-        backbone(model, tokens[:, :-1], 1, spec.precision == "bf16").sum().backward()
+        backbone(model, tokens[:, :-1], 1, spec.precision != "fp32").sum().backward()
     except Exception as error:  # of g++, of Inductor, of Dynamo
         raise TrainError(
             "the model could not be compiled here",

@@ -5,6 +5,7 @@ Forked by the seat's keeper, so it starts with everything imported. What is kept
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import socket
@@ -12,7 +13,8 @@ import socket
 import torch
 
 from forge_ray.data.loader import SlotLoader
-from forge_ray.errors import ForgeError
+from forge_ray.errors import ForgeError, TrainError
+from forge_ray.model import fp8
 from forge_ray.model.transformer import Transformer
 from forge_ray.train import compiled, fitting, loop
 from forge_ray.train.elastic.coordinator import LOST_EXIT
@@ -40,7 +42,8 @@ def preload(task: Message) -> None:
     spec = RunSpec.from_json(task["spec"])
     device = _device(spec)
     if device.type == "cpu":
-        compiled.warm(spec, _fit(spec, device), device, forking=True)
+        with contextlib.suppress(ForgeError):  # whoever is forked meets it too, and tells the coordinator
+            compiled.warm(spec, _fit(spec, device), device, forking=True)
 
 
 def main(task: Message, connection: socket.socket) -> None:
@@ -49,9 +52,11 @@ def main(task: Message, connection: socket.socket) -> None:
     torch.set_num_threads(spec.config.cpus_per_worker)
     device = _device(spec)
     store, at = store_server(task["address"])
-    fit = _fit(spec, device)
-    control = Control(Lines(connection), at, host_class(spec, fit, device))
+    control = Control(Lines(connection), at)
     try:
+        check_device(spec.precision, device)
+        fit = _fit(spec, device)
+        control.host_class = host_class(spec, fit, device)
         if spec.config.sharding == "fsdp":
             from forge_ray.train.sharded import seat as sharded_seat
 
@@ -73,6 +78,21 @@ def main(task: Message, connection: socket.socket) -> None:
 
 def _device(spec: RunSpec) -> torch.device:
     return torch.device("cuda", 0) if spec.config.gpus_per_worker else torch.device("cpu")
+
+
+def check_device(precision: str, device: torch.device) -> None:
+    """Refuses a GPU that cannot compute in a precision.
+
+    Raises:
+        TrainError: It cannot.
+    """
+    if precision == "fp8" and torch.cuda.get_device_capability(device) < fp8.CAPABILITY:
+        raise TrainError(
+            "this GPU computes no fp8",
+            got=f"{torch.cuda.get_device_name(device)}, compute capability {torch.cuda.get_device_capability(device)}",
+            wanted="8.9 or newer (Ada, Hopper, Blackwell)",
+            do="set pretrain.precision to bf16, or train on newer GPUs",
+        )
 
 
 def _train(spec: RunSpec, fit: Fit, task: Message, control: Control, device: torch.device) -> None:
@@ -114,13 +134,15 @@ def build(spec: RunSpec, fit: Fit, device: torch.device) -> Worker:
 
 def _worker(spec: RunSpec, fit: Fit, device: torch.device, loader: SlotLoader | None) -> Worker:
     model = Transformer(spec.model, spec.vocab_size, spec.config.seq_len).to(device)
+    if spec.precision == "fp8":
+        fp8.apply(model)
     return Worker(
         spec.config,
         model,
         Optimizer(model, spec.config.optimizer),
         loader,  # type: ignore[arg-type]
         loader.order.index.end_token if loader else 0,
-        spec.precision == "bf16",
+        spec.precision != "fp32",
         Guardian(spec.config.guard),
         fit=fit,
         compiled=spec.compiled,

@@ -48,7 +48,7 @@ def observe(model: ModelConfig, config: PretrainConfig) -> dict[str, Any]:
 
 
 def precision_of(config: PretrainConfig) -> str:
-    """`bf16` or `fp32`."""
+    """`bf16`, `fp32` or `fp8`."""
     if config.precision != "auto":
         return config.precision
     return "bf16" if config.gpus_per_worker or _cpu_has_bf16() else "fp32"

@@ -40,11 +40,14 @@ class Control:
     Args:
         lines: The worker's end.
         store: `host:port` where others can meet if this worker is rank 0.
-        host_class: What the bits of its results depend on.
+
+    `host_class` is what the bits of its results depend on.
     """
 
-    def __init__(self, lines: Lines, store: str, host_class: str) -> None:
-        self._lines, self._store, self.host_class = lines, store, host_class
+    host_class = ""
+
+    def __init__(self, lines: Lines, store: str) -> None:
+        self._lines, self._store = lines, store
         self._changed = threading.Condition()
         self._form: Message | None = None
         self._status: Message | None = None
