@@ -59,6 +59,13 @@ ABLATIONS: dict[str, Row] = {
     "embedding rate / 2": {"optimizer": {"kind": "muon", "adamw": {"kind": "adamw", "learning_rate": 2e-3}}},
     "weight decay 0": {"optimizer": {"kind": "muon", "weight_decay": 0.0}},
     "initial std 0.05": {**OURS, "model": {"init_std": 0.05}},
+    "residual init 0": {**OURS, "scale": {"out.weight": 0.0, "down.weight": 0.0}},
+    "embedding init x 5": {**OURS, "scale": {"embedding.weight": 5.0}},
+    "momentum 0.9": {"optimizer": {"kind": "muon", "momentum": 0.9}},
+    "beta2 0.98": {"optimizer": {"kind": "muon", "adamw": {"kind": "adamw", "beta2": 0.98}}},
+    "average of the last tenth": {**OURS, "average_frac": 0.1},
+    "warm-up 0.01": {**OURS, "warmup_frac": 0.01},
+    "clip 10": {**OURS, "grad_clip": 10.0},
 }
 
 
@@ -106,7 +113,7 @@ def train(words: Row) -> Row:
         seed=words["seed"],
         reduction="fast",
         optimizer=recipe["optimizer"],
-        **{name: recipe[name] for name in ("decay_frac", "warmup_frac") if name in recipe},
+        **{name: recipe[name] for name in ("decay_frac", "warmup_frac", "grad_clip") if name in recipe},
     )
     if recipe.get("cosine"):
         loop.rate_frac = cosine
@@ -114,6 +121,10 @@ def train(words: Row) -> Row:
     loader = SlotLoader.of(config, shards)
     index = loader.order.index
     net = Transformer(model, index.vocab_size, SEQ_LEN).initialise(config.seed)
+    with torch.no_grad():
+        for ending, factor in recipe.get("scale", {}).items():
+            for name, parameter in net.named_parameters():
+                parameter.mul_(factor if name.endswith(ending) else 1.0)
     worker = loop.Worker(
         config,
         net,
@@ -126,7 +137,19 @@ def train(words: Row) -> Row:
         compiled=True,
     )
     losses: list[float] = []
-    loop.fit(worker, loop.Alone(), lambda record: losses.append(record.loss), lambda verdict: None)
+    first = config.steps * (1 - recipe.get("average_frac", 0.0))
+    sums = [torch.zeros_like(parameter) for parameter in net.parameters()]
+
+    def on_step(record: loop.StepRecord) -> None:
+        losses.append(record.loss)
+        if record.step > first:
+            torch._foreach_add_(sums, [parameter.detach() for parameter in net.parameters()])
+
+    loop.fit(worker, loop.Alone(), on_step, lambda verdict: None)
+    if first < config.steps:
+        with torch.no_grad():
+            for parameter, total in zip(net.parameters(), sums, strict=True):
+                parameter.copy_(total / (config.steps - math.floor(first)))
     loader.reader.close()
     texts = [row["text"] for row in vocabulary.sample(documents, "heldout", SCORED_BYTES)]
     tokenizer = vocabulary.load(workspace.get(words["tokenizer"]))
@@ -275,6 +298,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--only", nargs="+", choices=list(ABLATIONS), help="these ablations")
+    parser.add_argument("--size", choices=SIZES, default="1M", help="of the ablations")
     parser.add_argument("--domains", nargs="+", choices=("aws", "kernel"))
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--cpus", type=int, default=os.cpu_count() or 1)
@@ -294,7 +318,15 @@ def main() -> None:
     if options.ablations:
         seeds = range(options.seeds or 2)
         wanted = [
-            {"domain": d, "size": "1M", "name": name, "recipe": ABLATIONS[name], "share": 0.5, "seed": seed, **found[d]}
+            {
+                "domain": d,
+                "size": options.size,
+                "name": name,
+                "recipe": ABLATIONS[name],
+                "share": 0.5,
+                "seed": seed,
+                **found[d],
+            }
             for name in options.only or ABLATIONS
             for d in domains
             for seed in seeds

@@ -50,11 +50,11 @@ def test_a_model_learns_with_them_and_keeps_its_names_and_fp32_weights() -> None
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     tokens = torch.arange(33).repeat(2, 1)
     losses = []
-    for _ in range(30):
+    for _ in range(12):
         losses.append(float(loop.learn(model, tokens, 63, bf16=True, weight=1.0)))
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < 0.2 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
