@@ -51,6 +51,8 @@ ABLATIONS: dict[str, Row] = {
     "cosine": {**OURS, "cosine": True},
     "batch x 2": {**OURS, "batch": 2.0},
     "batch / 2": {**OURS, "batch": 0.5},
+    "batch / 4": {**OURS, "batch": 0.25},
+    "AdamW, batch / 4": {"optimizer": {"kind": "adamw"}, "batch": 0.25},
     "decay 0.3": {**OURS, "decay_frac": 0.3},
     "decay 0.95": {**OURS, "decay_frac": 0.95},
     "muon rate x 2": {"optimizer": {"kind": "muon", "learning_rate": 16e-3}},
