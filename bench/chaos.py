@@ -299,14 +299,14 @@ class Bench:
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
         self.shards_ref = json.loads(done.stdout)["stages"]["tokenize"]["ref"]
-        self.precision = pretrain.observe(PretrainConfig(**PRETRAIN, max_workers=SLOTS))["precision"]
+        self.precision = pretrain.precision_of(PretrainConfig(**PRETRAIN, max_workers=SLOTS))
 
     @contextmanager
     def running(self, cell: Cell, steps: int) -> Iterator[tuple[chaos.Nodes, Side]]:
         """A side on a fresh cluster; both end with the block."""
         short = chaos.short_folder()
-        folder = self.folder / f"run-{self.number}"
-        self.number += 1
+        while (folder := self.folder / f"run-{self.number}").exists():  # kept by an earlier call
+            self.number += 1
         folder.mkdir()
         python = str(self.peer) if cell.side == TORCHFT else sys.executable
         try:
@@ -639,9 +639,12 @@ def measure(bench: Bench, options: argparse.Namespace) -> list[Row]:
     """Runs every cell, and ours undisturbed for each number of steps that cells of ours have."""
     size, finished, runs = bench.size, Finished(options.results), []
     name = "quick" if options.quick else "full"
+    # Another state of our code may have other bits.
+    words = ["git", "rev-parse", "--short", "HEAD:forge_ray"]
+    tree = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     with_ours = OURS in options.sides
     if with_ours:
-        kept = finished.get(f"{name} calibration", partial(bench.undisturbed, 4, CALIBRATION_STEPS))
+        kept = finished.get(f"{name} calibration {tree}", partial(bench.undisturbed, 4, CALIBRATION_STEPS))
         bench.step_s = kept["step_s"]
         say(f"a step of ours takes {bench.step_s:.3f} s")
     for cell in cells(options, size):
@@ -649,8 +652,8 @@ def measure(bench: Bench, options: argparse.Namespace) -> list[Row]:
         steps = round(1.05 * seconds / bench.step_s)
         reference: Row = {}
         if with_ours:
-            reference = finished.get(f"{name} undisturbed {steps}", partial(bench.undisturbed, 4, steps))
-        run = finished.get(f"{name} {cell}", partial(bench.disturbed, cell, steps))
+            reference = finished.get(f"{name} undisturbed {steps} {tree}", partial(bench.undisturbed, 4, steps))
+        run = finished.get(f"{name} {cell}{f' {tree}' * (cell.side == OURS)}", partial(bench.disturbed, cell, steps))
         # Peers may get further than ours: losses are compared at the last step that both have done.
         upto = min(run["steps"], steps) if reference else run["steps"]
         run |= {"loss_at_step": upto, "final_loss": _loss_at(run, upto)}

@@ -160,6 +160,9 @@ class PretrainConfig(Section):
     """Share of the steps in which the rate rises linearly from zero."""
     decay_frac: Fraction = 0.6
     """Share of the steps, at the end, in which the rate falls linearly to zero; constant in between."""
+    extends: Annotated[str, Field(pattern=r"^(|pretrain/[0-9a-f]{16})$")] = ""
+    """A finished run, `pretrain/<fingerprint>`, that this one goes on from: from its last checkpoint before the rate
+    fell, up to `steps` in all, without warming up again. Model, optimizer and vocabulary must be the same."""
     grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
     precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
@@ -239,9 +242,16 @@ class PretrainConfig(Section):
             raise ValueError(f"max_workers {self.max_workers} is more than slots {self.slots}: some would have no work")
         if self.sharding == "fsdp" and self.reduction == "exact":
             raise ValueError("sharding fsdp wants reduction fast: reduce-scatter chooses its own order of the sum")
+        if self.sharding == "fsdp" and self.extends:
+            raise ValueError("extends wants replicated parameters, not sharding fsdp")
         if self.warmup_frac + self.decay_frac > 1.0:
             raise ValueError("warmup_frac + decay_frac is more than 1")
         return self
+
+    @property
+    def stable_steps(self) -> int:
+        """Steps before the rate begins to fall: up to there a longer run does the same."""
+        return math.floor(self.steps * (1.0 - self.decay_frac))
 
 
 class EvaluateConfig(Section):

@@ -73,8 +73,12 @@ class Optimizer:
 
 
 def rate_frac(step: int, config: PretrainConfig) -> float:
-    """Share of the peak rate at a step: linear warm-up, constant, linear to zero (a trapezoid, arXiv 2405.18392)."""
-    warmup, decay = config.warmup_frac * config.steps, config.decay_frac * config.steps
+    """Share of the peak rate at a step: linear warm-up, constant, linear to zero (a trapezoid, arXiv 2405.18392).
+
+    A run that extends another has warmed up there.
+    """
+    warmup = 0.0 if config.extends else config.warmup_frac * config.steps
+    decay = config.decay_frac * config.steps
     rise = (step + 1) / warmup if warmup else 1.0
     fall = (config.steps - step) / decay if decay else 1.0
     return min(1.0, rise, fall)

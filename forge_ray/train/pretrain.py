@@ -10,28 +10,30 @@ its newest checkpoint in the workspace.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from forge_ray.artifact import Artifact, FileEntry, Workspace
 from forge_ray.config import ModelConfig, PretrainConfig
-from forge_ray.errors import ForgeError, LostError
+from forge_ray.errors import ConfigError, ForgeError, LostError
 from forge_ray.events import Events
 from forge_ray.model.arithmetic import num_parameters, train_flops_per_token
 from forge_ray.runtime import unwrapped
 from forge_ray.telemetry import Progress, say
 from forge_ray.train import compiled, goodput, goodput_page
-from forge_ray.train.saving.checkpoint import OPTIMIZER, STATE, WEIGHTS, Checkpoints
+from forge_ray.train.saving.checkpoint import OPTIMIZER, STABLE, STATE, WEIGHTS, Checkpoints
 from forge_ray.train.spec import RunSpec
 
 if TYPE_CHECKING:
     from forge_ray.model.transformer import Transformer
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CURVE, REPORT = "curve.json", "goodput.html"
 _POLL_S = 0.5
 _PATIENCE_S = 30.0
@@ -82,14 +84,17 @@ def run(
     from forge_ray.data import loader
 
     order = loader.plan(config, shards)  # refuses here what every worker would refuse
-    checkpoints = Checkpoints(workspace, run_id)
+    begin = _extended(config, model, shards, workspace) if config.extends else 0
+    checkpoints = Checkpoints(workspace, run_id, config.stable_steps)
     spec = RunSpec(
         run_id, workspace, shards.ref, model, config, order.index.vocab_size, frozen["precision"], frozen["compiled"]
     )
     last = checkpoints.newest()
     if last is None or last.read_json(STATE)["step"] < config.steps:
         events = Events(workspace.storage, run_id)
-        events.add("start", step=last.read_json(STATE)["step"] if last else 0, host=platform.node(), pid=os.getpid())
+        events.add(
+            "start", step=last.read_json(STATE)["step"] if last else begin, host=platform.node(), pid=os.getpid()
+        )
         events.flush()
         _train(spec)
         last = checkpoints.newest()
@@ -106,7 +111,7 @@ def run(
     metrics["peak_bytes"] = max((row["peak_bytes"] for row in events if row["event"] == "checkpoint"), default=0)
     metrics["ledger"] = goodput.account(events, config.usd_per_node_hour).as_dict()
     page = goodput_page.as_html(events, run_id, config.usd_per_node_hour)
-    files = [*_whole(workspace, last), last.entry(STATE)]
+    files = [*_whole(workspace, last), last.entry(STATE), *_stable(workspace, checkpoints)]
     files.append(workspace.put_bytes(CURVE, json.dumps(curve).encode()))
     return [*files, workspace.put_bytes(REPORT, page.encode())], metrics
 
@@ -121,6 +126,54 @@ def _whole(workspace: Workspace, checkpoint: Artifact) -> list[FileEntry]:
 
     tensors = assemble(checkpoint)
     return [workspace.put_bytes(name, save(part)) for name, part in zip((WEIGHTS, OPTIMIZER), tensors, strict=True)]
+
+
+def _stable(workspace: Workspace, checkpoints: Checkpoints) -> list[FileEntry]:
+    """The last checkpoint before the rate fell, if there is one."""
+    steps = [step for step in checkpoints.steps() if step <= checkpoints.pinned]
+    if not steps:
+        return []
+    found = checkpoints.get(steps[-1])
+    entries = [*_whole(workspace, found), found.entry(STATE)]
+    return [replace(entry, name=STABLE + entry.name) for entry in entries]
+
+
+def _extended(config: PretrainConfig, model: ModelConfig, shards: Artifact, workspace: Workspace) -> int:
+    """The step at which a run goes on from another.
+
+    Raises:
+        ConfigError: It cannot.
+        NotFoundError: There is no such run.
+    """
+    source = workspace.get(config.extends)
+    if STABLE + STATE not in source.names():
+        raise ConfigError(
+            "the run to extend has no checkpoint from before its rate fell",
+            got=f"pretrain.extends {config.extends}",
+            do="extend another, or train anew without pretrain.extends",
+        )
+    state = source.read_json(STABLE + STATE)
+    before = source.manifest.config
+    their_shards = workspace.get(f"tokenize/{source.manifest.inputs['tokenize']}")
+    for what, theirs, ours in (
+        ("model", ModelConfig.model_validate(before["model"]), model),
+        ("pretrain.optimizer.kind", before["pretrain"]["optimizer"]["kind"], config.optimizer.kind),
+        ("vocabulary", their_shards.manifest.inputs["tokenizer"], shards.manifest.inputs["tokenizer"]),
+    ):
+        if theirs != ours:
+            raise ConfigError(
+                f"a run goes on from another only with the same {what}",
+                got=f"{ours} here, {theirs} in {config.extends}",
+                do="take over that run's, or train anew without pretrain.extends",
+            )
+    if state["step"] > config.stable_steps:
+        raise ConfigError(
+            "the run to extend is longer than this one's part at the full rate",
+            got=f"{state['step']} steps of it; with pretrain.steps {config.steps} the rate falls after "
+            f"{config.stable_steps}",
+            do=f"set pretrain.steps to {math.ceil(state['step'] / (1.0 - config.decay_frac))} or more",
+        )
+    return int(state["step"])
 
 
 def load_model(artifact: Artifact, model: ModelConfig, max_len: int) -> tuple[Transformer, int]:
@@ -168,7 +221,7 @@ def _train(spec: RunSpec) -> None:
     say(f"  run {spec.run_id}: {num_workers_text(config)}, {spec.precision}{', compiled' if spec.compiled else ''}")
     with (
         tempfile.TemporaryDirectory(prefix="forge-train-", ignore_cleanup_errors=True) as folder,
-        _Watch(coordinator, config.steps) as watch,
+        _Watch(coordinator, spec) as watch,
         unwrapped(),
     ):
         try:
@@ -216,8 +269,8 @@ def _resources(config: PretrainConfig) -> dict[str, float]:
 class _Watch:
     """Shows the coordinator's news as progress while the driver waits for Ray Train."""
 
-    def __init__(self, coordinator: Any, steps: int) -> None:
-        self._coordinator, self._steps = coordinator, steps
+    def __init__(self, coordinator: Any, spec: RunSpec) -> None:
+        self._coordinator, self._spec = coordinator, spec
         self._stop = threading.Event()
         self._error: ForgeError | None = None
         self._progress: Progress | None = None
@@ -247,10 +300,14 @@ class _Watch:
                     return
                 if self._progress is None and time.monotonic() - told_s > _PATIENCE_S:
                     told_s = time.monotonic()
-                    say(f"  still waiting for workers: {_free_resources()}; Ray's dashboard shows who holds the rest")
+                    say(f"  still waiting for workers: {self._waiting_for()}")
         finally:
             if self._progress:
                 self._progress.__exit__(None, None, None)
+
+    def _waiting_for(self) -> str:
+        compiling = "they compile first, which takes a minute or two; " if self._spec.compiled else ""
+        return f"{compiling}{_free_resources()}, and Ray's dashboard shows who holds the rest"
 
     def _show(self) -> None:
         import ray
@@ -268,7 +325,7 @@ class _Watch:
             if told:
                 say(f"  {told}")
             if record["event"] == "form" and self._progress is None:
-                self._progress = Progress("pretrain", self._steps, record["step"]).__enter__()
+                self._progress = Progress("pretrain", self._spec.config.steps, record["step"]).__enter__()
         steps = [record for record in news if record["event"] == "step"]
         if steps and self._progress:
             last = steps[-1]

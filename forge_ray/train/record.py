@@ -23,7 +23,7 @@ from forge_ray.train.elastic.lines import Message
 from forge_ray.train.elastic.team import Control, Team
 from forge_ray.train.guardian import Guardian, Verdict
 from forge_ray.train.loop import StepRecord, Worker
-from forge_ray.train.saving.checkpoint import Saved
+from forge_ray.train.saving.checkpoint import OPTIMIZER, STABLE, STATE, WEIGHTS, Saved, load_tensors
 from forge_ray.train.saving.saver import Saver
 from forge_ray.train.spec import RunSpec
 
@@ -120,6 +120,9 @@ class Record:
         """Gives the worker the newest checkpoint's state, or a new run's; or that which a verdict wants."""
         self.team.progress("loading")
         found = self._saver.tiers.newest() if verdict is None else self._before(verdict)
+        if found is None and self._spec.config.extends:
+            self._extend(worker)
+            return
         if found is None:
             worker.model.initialise(self._spec.config.seed)
             worker.state.buffer[worker.state.num_weights :].zero_()
@@ -134,6 +137,12 @@ class Record:
                 "samples stay the same, the weights' bits may differ from here on"
             )
             self._log.add("bits", step=worker.step, before=state["host_class"], now=self._control.host_class)
+
+    def _extend(self, worker: Worker) -> None:
+        """Gives the worker the state of the run that this one goes on from."""
+        artifact = self._spec.workspace.get(self._spec.config.extends)
+        worker.state.load(load_tensors(artifact, STABLE + WEIGHTS), load_tensors(artifact, STABLE + OPTIMIZER))
+        worker.take({"guardian": Guardian(self._spec.config.guard).state(), **artifact.read_json(STABLE + STATE)})
 
     def stored(self) -> int:
         """The step of the newest checkpoint that this worker can read; -1 if there is none."""
@@ -154,7 +163,7 @@ class Record:
     def on_step(self, record: StepRecord) -> None:
         """A step is committed, on every worker."""
         self._log.step(record, self.team.rank)
-        if self.team.rank == 0 and self._saver.due():
+        if self.team.rank == 0 and (self._saver.due() or record.step == self._spec.config.stable_steps):
             self._saver.snapshot(self._worker.step, self._worker.state, self._extra())
 
     def on_verdict(self, verdict: Verdict) -> None:

@@ -311,6 +311,7 @@ def test_operational_fields_do_not_change_what_is_fingerprinted_and_all_others_d
         "grad_clip": 0.5,
         "precision": "fp32",
         "compile": "off",
+        "extends": "pretrain/0123456789abcdef",
         "seed": 1,
         "optimizer": {"kind": "adamw"},
         "mixture": {"epochs": {"botocore": 2.0}},

@@ -25,8 +25,9 @@ from forge_ray.train.saving.pieces import OPTIMIZER, WEIGHTS, assemble
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DISK", "OPTIMIZER", "STATE", "STORE", "WEIGHTS", "Checkpoints", "Saved", "Stored", "Tiers"]
+__all__ = ["DISK", "OPTIMIZER", "STABLE", "STATE", "STORE", "WEIGHTS", "Checkpoints", "Saved", "Stored", "Tiers"]
 STATE = "state.json"
+STABLE = "stable/"  # before these names, in a finished run: what a longer one goes on from
 DISK, STORE = "disk", "store"
 _CLOCK_SKEW_S = 900.0
 
@@ -41,17 +42,22 @@ class Stored:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run in one workspace."""
+    """The checkpoints of one run in one workspace.
+
+    Args:
+        pinned: The newest one of no more steps than this is never released: a longer run could go on from it.
+    """
 
     workspace: Workspace
     run_id: str
+    pinned: int = -1
 
     # -------------------------------------------------------------------------------------------------- writing
 
     def save(
         self, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], keep: int
     ) -> Artifact:
-        """Stores a checkpoint after `step` finished steps and releases all but the newest `keep`.
+        """Stores a checkpoint after `step` finished steps and releases all but the newest `keep` and the pinned one.
 
         Raises:
             DiskFullError: No space; earlier checkpoints are untouched.
@@ -154,11 +160,13 @@ class Checkpoints:
         where bytes go that were there before their checkpoint was.
         """
         steps = self.steps()
-        if len(steps) <= keep:
+        staying = {*steps[-keep:], max((step for step in steps if step <= self.pinned), default=-1)}
+        going = [step for step in steps if step not in staying]
+        if not going:
             return
         try:
-            kept = {entry.sha256 for step in steps[-keep:] for entry in self.get(step).manifest.files}
-            for step, manifest in [(step, self._readable(step)) for step in steps[:-keep]]:
+            kept = {entry.sha256 for step in steps if step in staying for entry in self.get(step).manifest.files}
+            for step, manifest in [(step, self._readable(step)) for step in going]:
                 doomed = [entry for entry in manifest.files if entry.sha256 not in kept] if manifest else []
                 used = self._used_elsewhere(manifest, doomed) if manifest else set()
                 self.workspace.storage.delete(self._name(step))
@@ -205,10 +213,11 @@ class Tiers:
         workspace: The run's.
         run_id: The run.
         disk: Folder of this node for the copies of all runs; none for the cache. Used if the workspace is no folder.
+        pinned: See `Checkpoints`; in the store alone.
     """
 
-    def __init__(self, workspace: Workspace, run_id: str, disk: Path | None = None) -> None:
-        self.tiers = {STORE: Checkpoints(workspace, run_id)}
+    def __init__(self, workspace: Workspace, run_id: str, disk: Path | None = None, pinned: int = -1) -> None:
+        self.tiers = {STORE: Checkpoints(workspace, run_id, pinned)}
         if workspace.storage.local is None:
             folder = (disk or cache_folder("checkpoints")) / run_id
             self.tiers = {DISK: Checkpoints(Workspace(str(folder)), run_id), **self.tiers}

@@ -168,7 +168,7 @@ class Saver:
         on_failed: Callable[[str, int, Exception], None] = lambda *_: None,
         before_manifest: Callable[[], None] = lambda: None,
     ) -> None:
-        self.tiers = Tiers(workspace, run_id, disk)
+        self.tiers = Tiers(workspace, run_id, disk, pinned=config.stable_steps)
         self.skipped = 0
         """Snapshots that were due while the one before was still being written."""
         self._config, self._before_manifest = config, before_manifest
@@ -194,7 +194,9 @@ class Saver:
     def snapshot(
         self, step: int, state: State, extra: Mapping[str, Any], *, now: float | None = None, last: bool = False
     ) -> tuple[str, ...]:
-        """Copies the state and has it saved to the tiers that are due; says to which, none if it was skipped.
+        """Copies the state and has it saved to the tiers that are due, to all after the last step at the full rate.
+
+        Says to which; none if it was skipped.
 
         Args:
             step: Number of finished steps.
@@ -206,6 +208,7 @@ class Saver:
         tiers = wanted = self.due(now)
         if last:
             self._wait()
+        if last or step == self._config.stable_steps:
             tiers = tuple(self.tiers.tiers)
         if not self._store_free.is_set():
             tiers = tuple(tier for tier in tiers if tier != STORE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from forge_ray.errors import TrainError
+from forge_ray.artifact import Artifact, Manifest
+from forge_ray.errors import ForgeError, TrainError
 from forge_ray.train import loop, pretrain
 from forge_ray.train.loop import StepRecord, Worker, fit
 from forge_ray.train.saving.checkpoint import Checkpoints
@@ -152,6 +154,60 @@ def test_a_finished_run_is_read_as_the_model_that_was_trained(build: Build, spec
     assert end == worker.end_token
     assert not model.training
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), worker.model.parameters()))
+
+
+@pytest.fixture
+def published(
+    build: Build, spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Artifact, list[StepRecord]]]:
+    """The artifact of a run that is trained in this process, under the name of its options; and its steps."""
+
+    def make(**options: Any) -> tuple[Artifact, list[StepRecord]]:
+        name = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:16]
+        told, records = spec(run_id=name, **options), []
+
+        def train(_: RunSpec) -> None:
+            worker = build(run_id=name, **options)
+            records.extend(run(worker, lambda record: worker.team.record.on_step(record)))
+            worker.team.record.finish()
+
+        monkeypatch.setattr(pretrain, "_train", train)
+        shards = told.workspace.get(told.shards_ref)
+        frozen = {"precision": "fp32", "compiled": False}
+        files, metrics = pretrain.run(told.model, told.config, shards, told.workspace, run_id=name, frozen=frozen)
+        config = {"model": told.model.model_dump(mode="json"), "pretrain": told.config.model_dump(mode="json")}
+        inputs = {"tokenize": told.shards_ref.partition("/")[2]}
+        manifest = Manifest("pretrain", name, tuple(files), config=config, inputs=inputs, metrics=metrics)
+        return told.workspace.publish(manifest), records
+
+    return make
+
+
+def test_a_run_that_extends_another_is_the_longer_run_bit_for_bit(published: Callable[..., Any]) -> None:
+    short, _ = published(steps=10, warmup_frac=0.2, decay_frac=0.4)
+    longer, whole = published(steps=20, warmup_frac=0.1, decay_frac=0.4)
+    extended, rest = published(steps=20, warmup_frac=0.1, decay_frac=0.4, extends=short.ref)
+    assert [record.step for record in rest] == list(range(7, 21))
+    assert [record.loss for record in rest] == [record.loss for record in whole[6:]]
+    assert extended.entry("model.safetensors").sha256 == longer.entry("model.safetensors").sha256
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"steps": 12}, "set pretrain.steps to 15 or more"),
+        ({"optimizer": MUON}, "adamw in"),
+        ({"model": {"d_ff": 32}}, "same model"),
+        ({"extends": "pretrain/0123456789abcdef"}, "0123456789abcdef"),
+    ],
+)
+def test_a_run_that_cannot_be_extended_says_why(
+    published: Callable[..., Any], options: dict[str, Any], told: str
+) -> None:
+    short, _ = published(steps=10, decay_frac=0.1)
+    with pytest.raises(ForgeError) as caught:
+        published(**{"steps": 40, "decay_frac": 0.4, "extends": short.ref, **options})
+    assert told in str(caught.value.as_dict())
 
 
 def test_a_run_whose_last_checkpoint_is_damaged_trains_on(

@@ -31,4 +31,5 @@ def publish(workspace: Workspace) -> Artifact:
         index.append(shards.ShardInfo(build.entry.name, build.entry.sha256, size_bytes, len(pieces), 1, "made"))
     content = shards.ShardIndex(tuple(index), VOCAB, END).to_json()
     files.append(workspace.put_bytes(shards.INDEX, content))
-    return workspace.publish(Manifest(stage="tokenize", fingerprint="0" * 16, files=tuple(files)))
+    inputs = {"tokenizer": "1" * 16}
+    return workspace.publish(Manifest(stage="tokenize", fingerprint="0" * 16, files=tuple(files), inputs=inputs))

@@ -70,6 +70,14 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
     assert name in said
 
 
+def test_the_last_one_before_the_rate_fell_stays(workspace: Workspace) -> None:
+    checkpoints = Checkpoints(workspace, "run", pinned=5)
+    for step in range(2, 10, 2):
+        save(checkpoints, step, keep=2)
+    assert checkpoints.steps() == [4, 6, 8]
+    assert checkpoints.verified(4).read_json(STATE)["step"] == 4
+
+
 def manifest_path(checkpoints: Checkpoints, step: int) -> Path:
     return Path(checkpoints.workspace.uri) / "runs" / checkpoints.run_id / "checkpoints" / f"{step:08d}.json"
 
