@@ -288,11 +288,41 @@ def serve(words: list[str]) -> None:
         step = (ours if setting.side == OURS else peer)(setting, rank, address)
     print(json.dumps({"torch": torch.__version__}), flush=True)
     for line in sys.stdin:
+        if line.strip() == "profile":
+            print(json.dumps({"wall_s": 0.0, "cpu_s": 0.0, "result": profile(step)}), flush=True)
+            continue
         wall_s, cpu_s, loss = time.perf_counter(), time.process_time(), 0.0
         for _ in range(int(line)):
             loss = step()
         wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
         print(json.dumps({"wall_s": wall_s, "cpu_s": cpu_s, "result": loss}), flush=True)
+
+
+PARTS = {
+    "products": ("aten::mm", "aten::addmm"),
+    "attention's products": ("aten::bmm",),
+    "fused by Inductor": ("graph_", "cpp_fused"),
+    "copies and casts": ("aten::copy_", "aten::clone", "aten::cat", "aten::_foreach_copy"),
+    "optimizer and clipping": ("aten::_fused_adam", "aten::_foreach", "aten::linalg"),
+}
+
+
+def profile(step: Callable[[], float]) -> Row:
+    """Shares of the time of a step, by kind of operation."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        step()
+    times = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+    whole = sum(times.values())
+    shares = {
+        part: sum(time_us for name, time_us in times.items() if name.startswith(starts)) / whole
+        for part, starts in PARTS.items()
+    }
+    shares["the rest, each below"] = 1.0 - sum(shares.values())
+    rest = {name: t / whole for name, t in times.items() if not name.startswith(tuple(sum(PARTS.values(), ())))}
+    largest = sorted(rest, key=lambda name: -rest[name])[:6]
+    return {name: round(share, 4) for name, share in (shares | {name: rest[name] for name in largest}).items()}
 
 
 def peak() -> Callable[[], float]:
@@ -318,30 +348,38 @@ def peak() -> Callable[[], float]:
 class Side:
     """The processes of a setting."""
 
-    def __init__(self, setting: Setting, python: str) -> None:
+    def __init__(self, setting: Setting, python: str, *, profiled: bool = False) -> None:
         self.setting = setting
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         words = [python, __file__, "--serve", json.dumps(asdict(setting))]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        environment |= {"TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE": "1"} if profiled else {}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self._processes = [
             subprocess.Popen([*words, str(rank), address], env=environment, **pipes) for rank in range(setting.workers)
         ]
         self.said = self._answers()
 
+    def profile(self) -> Row:
+        """Where the time of a step goes, on the first worker."""
+        return self._ask("profile")[0]["result"]
+
     def go(self, steps: int = 1) -> Row:
         """Takes steps: seconds of the clock and CPU seconds of all workers for each, and the last result."""
-        for process in self._processes:
-            process.stdin.write(f"{steps}\n")
-            process.stdin.flush()
-        found = self._answers()
+        found = self._ask(str(steps))
         return {
             "wall_s": max(row["wall_s"] for row in found) / steps,
             "cpu_s": sum(row["cpu_s"] for row in found) / steps,
             "result": found[0]["result"],
         }
+
+    def _ask(self, line: str) -> list[Row]:
+        for process in self._processes:
+            process.stdin.write(f"{line}\n")
+            process.stdin.flush()
+        return self._answers()
 
     def _answers(self) -> list[Row]:
         answers = []
@@ -407,6 +445,10 @@ def measure(size: str, seq_len: int, workers: int, pythons: dict[str, str], roun
             rates[name].append(per_s * flops_per_token(name, shapes, seq_len))
     for side in (*sides.values(), limit):
         side.close()
+    profiled = Side(sides[OURS].setting, pythons[OURS], profiled=True)
+    profiled.go(2)
+    shares = profiled.profile()
+    profiled.close()
     others = [name for name in sides if name != OURS]
     first = max(others, key=lambda name: statistics.median(rates[name])) if others else None
     ratios = [mine / theirs for mine, theirs in zip(rates[OURS], rates[first], strict=True)] if first else []
@@ -433,6 +475,7 @@ def measure(size: str, seq_len: int, workers: int, pythons: dict[str, str], roun
             }
             for name in sides
         },
+        "profile": shares,
         "best_peer": first,
         "ratio": round(statistics.median(ratios), 3) if ratios else None,
         "ratio_spread": [round(min(ratios), 3), round(max(ratios), 3)] if ratios else None,
