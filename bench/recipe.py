@@ -100,9 +100,9 @@ def train(words: Row) -> Row:
     torch.set_num_threads(1)
     recipe, workspace = words["recipe"], Workspace(words["workspace"])
     model = ModelConfig(depth=SIZES[words["size"]], **recipe.get("model", {}))
-    batch = BATCH[words["size"]] * recipe.get("batch", 1.0)
+    batch = words["batch_tokens"] * recipe.get("batch", 1.0)
     per_token = train_flops_per_token(model, VOCAB, SEQ_LEN)
-    plain_flops = per_token * TOKENS[words["size"]]
+    plain_flops = per_token * words["tokens"]
     step_flops = per_token * batch + optimizer_flops(model, recipe["optimizer"]["kind"])
     config = PretrainConfig(
         steps=round(words["share"] * plain_flops / step_flops),
@@ -243,6 +243,12 @@ def corpora(data: Path, domains: list[str], cpus: int) -> dict[str, Row]:
     return found
 
 
+def words(domain: str, size: str, name: str, recipe: Row, share: float, seed: int) -> Row:
+    """What a run is, but for its corpus; tokens are those of a step, and of the plain recipe's run."""
+    about = {"domain": domain, "size": size, "name": name, "recipe": recipe, "share": share, "seed": seed}
+    return about | {"batch_tokens": BATCH[size], "tokens": TOKENS[size]}
+
+
 def plain(rate: float) -> Row:
     """The plain recipe."""
     return {"optimizer": {"kind": "adamw", "learning_rate": rate}, "cosine": True}
@@ -262,7 +268,7 @@ def pair(runs: Runs, corpus: Row, domain: str, size: str, seeds: range) -> Row:
     """Both recipes on a corpus at a size."""
 
     def wanted(name: str, recipe: Row, share: float, seed: int) -> Row:
-        return {"domain": domain, "size": size, "name": name, "recipe": recipe, "share": share, "seed": seed, **corpus}
+        return words(domain, size, name, recipe, share, seed) | corpus
 
     tuned = runs.all([wanted(f"plain {rate:g}", plain(rate), 1.0, 0) for rate in PLAIN_RATES])
     best = min(tuned, key=lambda row: row["bits_per_byte"])
@@ -318,15 +324,7 @@ def main() -> None:
     if options.ablations:
         seeds = range(options.seeds or 2)
         wanted = [
-            {
-                "domain": d,
-                "size": options.size,
-                "name": name,
-                "recipe": ABLATIONS[name],
-                "share": 0.5,
-                "seed": seed,
-                **found[d],
-            }
+            words(d, options.size, name, ABLATIONS[name], 0.5, seed) | found[d]
             for name in options.only or ABLATIONS
             for d in domains
             for seed in seeds
