@@ -37,7 +37,8 @@ def plan(config: PretrainConfig, corpus: Artifact) -> Order:
     """The order of a run over a corpus. Cost: the index is read, no shard.
 
     Raises:
-        ConfigError: The mixture does not fit the corpus, or the cache is too small for the windows.
+        ConfigError: The mixture does not fit the corpus or repeats it too often, or the cache is too small for the
+            windows.
         DataError: The corpus holds no whole sequence.
     """
     order = Order(
@@ -47,6 +48,16 @@ def plan(config: PretrainConfig, corpus: Artifact) -> Order:
         window_bytes=config.window_bytes,
         mixture=config.mixture,
     )
+    epochs = order.epochs_by_source(config.steps * config.slots * config.micro_batch)
+    most, name = max((number, name) for name, number in epochs.items())
+    if most > config.mixture.max_epochs:
+        raise ConfigError(
+            "the run would read its documents again and again, long after anything is learned from them",
+            got=f"{name} {most:.1f} times in {config.steps} steps",
+            wanted=f"at most pretrain.mixture.max_epochs {config.mixture.max_epochs:g}",
+            do=f"lower pretrain.steps to {int(config.steps * config.mixture.max_epochs / most)}, add documents, or "
+            "raise pretrain.mixture.max_epochs",
+        )
     if corpus.workspace.storage.local is None:
         windows_bytes, beyond_bytes = order.need_bytes(config.slots * config.micro_batch)
         if windows_bytes + beyond_bytes > config.cache_bytes:

@@ -232,6 +232,18 @@ def test_a_cache_that_does_not_hold_two_windows_is_refused_with_the_numbers(afar
     assert loader.plan(settings(cache_bytes=1), folder)  # nothing is copied
 
 
+def test_a_run_that_would_repeat_its_documents_for_nothing_is_refused_with_how_long_it_may_be(tmp_path: Path) -> None:
+    artifact = publish(Workspace(str(tmp_path)), [100, 160])
+    told = settings(steps=100_000)
+    (number,) = loader.plan(told.replace(mixture={"max_epochs": 1e9}), artifact).epochs_by_source(1).values()
+    samples = told.slots * told.micro_batch
+    enough = int(40 / (number * samples))
+    assert loader.plan(told.replace(steps=enough), artifact)
+    with pytest.raises(ConfigError, match="again and again") as caught:
+        loader.plan(told, artifact)
+    assert f"to {enough}" in str(caught.value.as_dict())
+
+
 def test_sources_that_are_not_there_are_refused_before_a_shard_is_read(afar: Artifact) -> None:
     with pytest.raises(ConfigError, match=r"(?s)got: c.*wanted: a, b"):
         loader.plan(settings(mixture={"epochs": {"c": 2}}), afar)
