@@ -65,6 +65,7 @@ ABLATIONS: dict[str, Row] = {
     "beta2 0.98": {"optimizer": {"kind": "muon", "adamw": {"kind": "adamw", "beta2": 0.98}}},
     "average of the last tenth": {**OURS, "average_frac": 0.1},
     "warm-up 0.01": {**OURS, "warmup_frac": 0.01},
+    "batch grows": {**OURS, "growing": [[0.05, 0.25], [0.15, 0.5], [0.8, 1.0]]},
     "clip 10": {**OURS, "grad_clip": 10.0},
 }
 
@@ -145,7 +146,10 @@ def train(words: Row) -> Row:
         if record.step > first:
             torch._foreach_add_(sums, [parameter.detach() for parameter in net.parameters()])
 
-    loop.fit(worker, loop.Alone(), on_step, lambda verdict: None)
+    if "growing" in recipe:
+        grow(worker, words["tokens"] * words["share"], recipe["growing"], on_step)
+    else:
+        loop.fit(worker, loop.Alone(), on_step, lambda verdict: None)
     if first < config.steps:
         with torch.no_grad():
             for parameter, total in zip(net.parameters(), sums, strict=True):
@@ -161,6 +165,35 @@ def train(words: Row) -> Row:
         "flops": config.steps * step_flops,
         "parameters": num_parameters(model, VOCAB),
     }
+
+
+def grow(worker: Any, tokens: float, parts: list[list[float]], on_step: Any) -> None:
+    """Trains with a batch that grows: by `[share of the tokens, share of the batch]`, one after the other."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from forge_ray.train import loop
+
+    whole, inner = worker.config, worker.loader
+    inner.micro_batch = inner.slots = 1
+    steps = [round(share * tokens / (whole.micro_batch * whole.seq_len * factor)) for share, factor in parts]
+    total = whole.replace(steps=sum(steps))
+    loop.rate_frac = lambda step, _, own=loop.rate_frac: own(step, total)
+    done = read = 0
+
+    class Grown:
+        def slot(self, position: int, _: int) -> Any:
+            first = read + (position - done) * worker.config.micro_batch
+            return np.concatenate([inner.slot(first + row, 0) for row in range(worker.config.micro_batch)])
+
+    worker.loader = Grown()
+    for count, (_, factor) in zip(steps, parts, strict=True):
+        micro_batch = round(whole.micro_batch * factor)
+        worker.config = total.replace(micro_batch=micro_batch, steps=done + count)
+        worker.fit = replace(worker.fit, at_once=micro_batch)
+        loop.fit(worker, loop.Alone(), on_step, lambda verdict: None)
+        done, read = done + count, read + count * micro_batch
 
 
 def cosine(step: int, config: Any) -> float:
