@@ -53,9 +53,12 @@ def decide(model: ModelConfig, config: PretrainConfig) -> bool:
 
 
 def apply(model: Transformer) -> None:
-    """Has the model's blocks compiled when they are first called."""
+    """Has blocks compiled when they are first called; where experts get other rows each time, their attention alone."""
+    from forge_ray.model.transformer import Experts
+
     for block in model.blocks:
-        block.compile(dynamic=False)
+        part = block.attention if isinstance(block.mlp, Experts) else block
+        part.compile(dynamic=False)
 
 
 def warm(spec: RunSpec, fit: Fit, device: torch.device, *, forking: bool = False) -> None:
