@@ -232,7 +232,12 @@ def step(worker: Worker, team: Team, assignment: Assignment) -> tuple[Verdict, S
     verdict = worker.guardian.judge(worker.step, loss, norm)
     rate = rate_frac(worker.step, config)
     if verdict.action == "apply":
-        worker.optimizer.step(rate)
+        try:
+            directions = worker.optimizer.directions(team.group)
+        except GroupLost:
+            sums.restore()
+            raise
+        worker.optimizer.step(rate, directions)
         worker.step += 1
         worker.guardian.commit(verdict)
     sums.clear()

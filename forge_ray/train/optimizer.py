@@ -5,10 +5,15 @@ Owns which parameter gets which rule, and the schedule. The rules themselves are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from forge_ray.config import AdamWConfig, MuonConfig, PretrainConfig
+from forge_ray.train.elastic.group import Group
 
 
 class Optimizer:
@@ -48,12 +53,50 @@ class Optimizer:
             _begin(rule)
         self._peaks = [[group["lr"] for group in rule.param_groups] for rule in self._rules]
 
-    def step(self, rate_frac: float) -> None:
-        """Applies the gradients at this share of the peak rates."""
+    @torch.no_grad()
+    def directions(self, members: Group) -> dict[nn.Parameter, Tensor] | None:
+        """What Muon moves each matrix along in this step: every worker works out some, and all get all.
+
+        Changes nothing, so that a step that is lost here can be taken again. The bits are those of torch's own rule;
+        none where one worker has to do it all, or there is no Muon.
+
+        Raises:
+            GroupLost: A member is gone, or another group takes its place.
+
+        Cost: 2 bytes of traffic and of memory for a parameter, a W-th of Newton-Schulz.
+        """
+        muon = next((rule for rule in self._rules if isinstance(rule, torch.optim.Muon)), None)
+        if muon is None or members.size == 1:
+            return None
+        (group,) = muon.param_groups
+        shares = shared_out(group["params"], members.size)
+        longest = max(sum(p.numel() for p in share) for share in shares)
+        mine, at = torch.zeros(longest, dtype=torch.bfloat16, device=members.device), 0
+        for p in shares[members.rank]:
+            momentum = muon.state[p]["momentum_buffer"].lerp(p.grad, 1 - group["momentum"])
+            mine[at : at + p.numel()] = orthogonalised(ahead(p.grad, momentum, group), group).flatten()
+            at += p.numel()
+        out = mine.new_empty(longest * members.size)
+        members.all_gather(out.view(torch.uint8), mine.view(torch.uint8))
+        found = {}
+        for share, row in zip(shares, out.view(members.size, longest), strict=True):
+            counts = [p.numel() for p in share]
+            parts = row[: sum(counts)].split(counts)
+            found |= {p: part.view_as(p) for p, part in zip(share, parts, strict=True)}
+        return found
+
+    @torch.no_grad()
+    def step(self, rate_frac: float, directions: dict[nn.Parameter, Tensor] | None = None) -> None:
+        """Applies the gradients at this share of the peak rates, with Muon's part worked out before or here."""
         for rule, peaks in zip(self._rules, self._peaks, strict=True):
             for group, peak in zip(rule.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate_frac
-            rule.step()
+                if directions is not None and isinstance(rule, torch.optim.Muon):
+                    for p in group["params"]:
+                        rule.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                        move(p, directions[p], group, p.shape)
+            if directions is None or not isinstance(rule, torch.optim.Muon):
+                rule.step()
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state, by `<parameter>/<quantity>`."""
@@ -70,6 +113,38 @@ class Optimizer:
             for parameter, state in rule.state.items():
                 for quantity in state:
                     state[quantity] = tensors[f"{self._names[parameter]}/{quantity}"]
+
+
+def shared_out(matrices: Sequence[Tensor], size: int) -> list[list[Tensor]]:
+    """Matrices by worker, so that each has about as much to orthogonalise; the same on every worker that asks."""
+    shares: list[list[Tensor]] = [[] for _ in range(size)]
+    costs = [0] * size
+    for matrix in sorted(matrices, key=_cost, reverse=True):
+        lightest = costs.index(min(costs))
+        shares[lightest].append(matrix)
+        costs[lightest] += _cost(matrix)
+    return shares
+
+
+def orthogonalised(update: Tensor, group: dict[str, Any]) -> Tensor:
+    """The bf16 matrix next to orthogonal, as torch's Muon finds it."""
+    return _zeropower_via_newtonschulz(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+
+def move(p: Tensor, direction: Tensor, group: dict[str, Any], shape: Sequence[int]) -> None:
+    """Muon's update of a matrix of this shape, or of rows of it."""
+    p.mul_(1 - group["lr"] * group["weight_decay"])
+    p.add_(direction, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], torch.Size(shape)))
+
+
+def ahead(grad: Tensor, momentum: Tensor, group: dict[str, Any]) -> Tensor:
+    """What is orthogonalised: the momentum, or with Nesterov's look ahead between it and the gradient."""
+    return grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+
+
+def _cost(matrix: Tensor) -> int:
+    short, long = sorted(matrix.shape)
+    return int(short * short * (2 * long + short))
 
 
 def rate_frac(step: int, config: PretrainConfig) -> float:

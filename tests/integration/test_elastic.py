@@ -33,7 +33,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
     def make(steps: int = STEPS, orphan_s: float = 20.0, compiled: bool = False, **options: Any) -> Crew:
         settings = {"slots": 8, "micro_batch": 1, "seq_len": 64, "max_workers": 4, "checkpoint_every_s": 1.0, **options}
-        config = PretrainConfig(steps=steps, **settings)
+        config = PretrainConfig(steps=steps, mixture={"max_epochs": 1e6}, **settings)
         run_id = uuid.uuid4().hex[:16]
         return Crew(RunSpec(run_id, workspace, shards_ref, MODEL, config, VOCAB, "fp32", compiled), orphan_s)
 

@@ -162,6 +162,13 @@ class SlotSums:
         self._tree.clear()
         self.values.zero_()
 
+    def restore(self) -> None:
+        """Holds again what it held before the sum over workers; in fast mode nothing, since that is gone."""
+        if self.exact:
+            self.values.zero_()
+        else:
+            self.clear()
+
     def clip(self, max_norm: float) -> float:
         """Scales the gradients down to a largest norm; returns the norm before."""
         norm = float(self.gradients.norm())

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor.experimental import implicit_replication
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from forge_ray.config import AdamWConfig, ModelConfig, MuonConfig, PretrainConfig
 from forge_ray.data.loader import SlotLoader
@@ -39,7 +38,7 @@ from forge_ray.errors import TrainError
 from forge_ray.model.transformer import Transformer, rotary_tables
 from forge_ray.train.elastic.group import Group, GroupLost
 from forge_ray.train.loop import learn
-from forge_ray.train.optimizer import Optimizer, rate_frac
+from forge_ray.train.optimizer import Optimizer, ahead, move, orthogonalised, rate_frac
 
 
 @dataclass(frozen=True)
@@ -320,12 +319,10 @@ class ShardedOptimizer(Optimizer):
             updates = []
             for p in batch:
                 momentum = state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-                updates.append(update.bfloat16())
+                updates.append(ahead(p.grad, momentum, group).bfloat16())
             shapes = [self._shapes[self._names[p]] for p in batch]
             for p, update, shape in zip(batch, self._orthogonalised(updates, shapes, group), shapes, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.view_as(p), alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], torch.Size(shape)))
+                move(p, update.view_as(p), group, shape)
 
     def _orthogonalised(
         self, updates: list[Tensor], shapes: list[tuple[int, ...]], group: dict[str, Any]
@@ -338,9 +335,7 @@ class ShardedOptimizer(Optimizer):
         matrix = sent.new_empty(sum(whole_counts))
         dist.all_to_all_single(matrix, sent, whole_counts, own_counts)
         if self._rank < len(shapes):
-            matrix = _zeropower_via_newtonschulz(
-                matrix.view(whole), group["ns_coefficients"], group["ns_steps"], group["eps"]
-            )
+            matrix = orthogonalised(matrix.view(whole), group)
         dist.all_to_all_single(sent, matrix.contiguous().flatten(), own_counts, whole_counts)
         return sent.split(own_counts[: len(updates)])
 

@@ -346,7 +346,8 @@ def corpus(tmp_path: Any) -> Artifact:
 
 @pytest.fixture
 def loader(corpus: Artifact) -> Any:
-    config = PretrainConfig(slots=4, micro_batch=2, seq_len=16, max_workers=1, mixture={"weights": {"a": 1, "b": 2}})
+    mixture = {"weights": {"a": 1, "b": 2}, "max_epochs": 100}
+    config = PretrainConfig(slots=4, micro_batch=2, seq_len=16, max_workers=1, mixture=mixture)
     loader = SlotLoader.of(config, corpus)
     yield loader
     loader.reader.close()

@@ -13,6 +13,8 @@ import torch
 from forge_ray.artifact import Artifact, Manifest
 from forge_ray.errors import ForgeError, TrainError
 from forge_ray.train import loop, pretrain
+from forge_ray.train.elastic.group import GroupLost
+from forge_ray.train.elastic.slots import Assignment, assign
 from forge_ray.train.loop import StepRecord, Worker, fit
 from forge_ray.train.saving.checkpoint import Checkpoints
 from forge_ray.train.spec import RunSpec
@@ -111,7 +113,7 @@ def test_a_rollback_takes_the_earlier_state_and_other_batches(build: Build) -> N
 def test_large_gradients_are_clipped_before_the_update(build: Build) -> None:
     worker = build(grad_clip=1e-3)
     clipped = []
-    worker.optimizer.step = lambda rate: clipped.append(float(worker.sums.gradients.norm()))
+    worker.optimizer.step = lambda rate, _: clipped.append(float(worker.sums.gradients.norm()))
     record = one_step(worker)
     assert record.grad_norm > 0.1
     assert clipped == [pytest.approx(1e-3, rel=1e-4)]
@@ -143,6 +145,31 @@ def test_a_run_cut_off_and_resumed_ends_in_the_same_bits(build: Build, optimizer
     final = weights(straight)
     assert all(torch.equal(final[name], value) for name, value in weights(resumed).items())
     assert torch.equal(straight.state.buffer, resumed.state.buffer)
+
+
+@pytest.mark.parametrize("reduction", ["exact", "fast"])
+def test_a_step_that_is_lost_after_the_sum_is_taken_again_with_the_same_bits(
+    build: Build, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"steps": 4, "optimizer": MUON, "reduction": reduction}
+    straight, hit = build(run_id="straight", **options), build(run_id="hit", **options)
+    run(straight)
+    directions, held = hit.optimizer.directions, []
+
+    def lose(group: Any) -> None:
+        hit.optimizer.directions = directions
+        raise GroupLost("while directions were shared")
+
+    def resettle(worker: Worker) -> Assignment:
+        held.append(worker.sums.held())
+        return assign([held[-1]], worker.config.slots, exact=worker.sums.exact)
+
+    monkeypatch.setattr(hit.optimizer, "directions", lose)
+    monkeypatch.setattr(hit.team, "settle", resettle)
+    monkeypatch.setattr(hit.team, "lost", lambda error: None)
+    run(hit)
+    assert held == [(), ((3, 0),) if reduction == "exact" else (), (), (), ()]
+    assert torch.equal(hit.state.buffer, straight.state.buffer)
 
 
 def test_a_finished_run_is_read_as_the_model_that_was_trained(build: Build, spec: Callable[..., RunSpec]) -> None:

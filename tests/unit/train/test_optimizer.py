@@ -8,7 +8,9 @@ from torch import nn
 
 from forge_ray.config import AdamWConfig, ModelConfig, MuonConfig, PretrainConfig
 from forge_ray.model.transformer import Transformer
-from forge_ray.train.optimizer import Optimizer, rate_frac
+from forge_ray.train.elastic.group import Group
+from forge_ray.train.optimizer import Optimizer, rate_frac, shared_out
+from tests.unit.train.groups import in_group
 
 CONFIGS = {
     "adamw": AdamWConfig(kind="adamw", learning_rate=0.01),
@@ -112,3 +114,34 @@ def test_the_schedule_rises_stays_and_falls_to_a_last_step_that_still_learns() -
 def test_any_schedule_stays_within_zero_and_the_peak(steps: int, fracs: tuple[float, float]) -> None:
     config = PretrainConfig(steps=steps, warmup_frac=fracs[0], decay_frac=fracs[1])
     assert all(0 < rate_frac(step, config) <= 1 for step in range(steps))
+
+
+def test_workers_who_share_newton_schulz_move_as_torch_does_bit_for_bit() -> None:
+    def moved(size: int) -> list[bytes]:
+        def body(group: Group) -> bytes:
+            model = build(num_layers=3)
+            optimizer = Optimizer(model, CONFIGS["muon"])
+            for step in range(3):
+                draw = torch.Generator().manual_seed(step)
+                for p in model.parameters():
+                    p.grad = torch.randn(p.shape, generator=draw)
+                directions = optimizer.directions(group)
+                assert (directions is None) == (size == 1)
+                optimizer.step(0.5, directions)
+            values = [*model.parameters(), *optimizer.tensors().values()]
+            return torch.cat([value.detach().flatten() for value in values]).numpy().tobytes()
+
+        return in_group(size, body)
+
+    (alone,) = moved(1)
+    assert moved(2) == [alone] * 2
+    assert moved(3) == [alone] * 3
+
+
+def test_newton_schulz_is_shared_out_evenly_and_alike() -> None:
+    matrices = [torch.empty(shape) for shape in [(64, 64), (16, 64), (16, 64), (64, 64), (176, 64), (64, 176)] * 3]
+    shares = shared_out(matrices, 4)
+    assert sorted(id(m) for share in shares for m in share) == sorted(map(id, matrices))
+    costs = [sum(min(m.shape) ** 2 * (2 * max(m.shape) + min(m.shape)) for m in share) for share in shares]
+    assert max(costs) < 1.25 * sum(costs) / 4
+    assert [len(share) for share in shared_out(matrices[:2], 4)] == [1, 1, 0, 0]
