@@ -81,6 +81,7 @@ PRETRAIN: Row = {
     "warmup_frac": 0.0,
     "decay_frac": 0.0,
     "seed": SEED,
+    "compile": "off",  # as the peers: what is measured is recovery
     "min_workers": 1,
 }
 # Young's interval for Ray Train, which goes back to its checkpoint after every death; torchft does so only when all of
@@ -99,19 +100,31 @@ CLUSTER = {
 
 @dataclass(frozen=True)
 class Size:
-    """Seconds of a piece without and with faults, and how many pairs of them a run has."""
+    """Seconds of a piece without and with faults, and how many pairs of them a run has.
+
+    Peers have longer pieces without: they are still coming back when one begins.
+    """
 
     quiet_s: float
+    quiet_peers_s: float
     faults_s: float
     pairs: int
     pairs_else: int
     repeats: int
     warm_s: float
 
+    def quiet(self, side: str) -> float:
+        """Seconds of a side's piece without faults."""
+        return self.quiet_s if side == OURS else self.quiet_peers_s
 
-# 10 minutes of faults for the goal's figure, 5 for the others.
-FULL = Size(quiet_s=50, faults_s=100, pairs=6, pairs_else=3, repeats=3, warm_s=15)
-QUICK = Size(quiet_s=20, faults_s=60, pairs=1, pairs_else=1, repeats=1, warm_s=8)
+    def whole(self, cell: Cell) -> float:
+        """Seconds of all pieces of a run but the last."""
+        return cell.pairs * (self.quiet(cell.side) + self.faults_s)
+
+
+# 10 minutes of faults where 4 workers of ours lose compute processes, 5 for the others.
+FULL = Size(quiet_s=25, quiet_peers_s=50, faults_s=100, pairs=6, pairs_else=3, repeats=3, warm_s=15)
+QUICK = Size(quiet_s=20, quiet_peers_s=20, faults_s=60, pairs=1, pairs_else=1, repeats=1, warm_s=8)
 
 
 @dataclass(frozen=True)
@@ -139,7 +152,7 @@ def schedule(cell: Cell, size: Size) -> list[Fault]:
     draw = random.Random(f"{SEED}/{cell.every_s}/{cell.repeat}")
     faults = []
     for pair in range(cell.pairs):
-        begin_s = pair * (size.quiet_s + size.faults_s) + size.quiet_s
+        begin_s = pair * (size.quiet(cell.side) + size.faults_s) + size.quiet(cell.side)
         for number in range(int(size.faults_s // cell.every_s)):
             faults.append(Fault(begin_s + (number + draw.random()) * cell.every_s, draw.random()))
     return faults
@@ -196,16 +209,20 @@ class Ours(Side):
         command = [*bench.forge, "pretrain", str(bench.job), "--json", *words, f"--workspace={self.workspace}"]
         super().__init__([*command, f"--ray.address={nodes.address}"], nodes.environment, folder)
 
-    def rows(self) -> list[Row]:
-        """From the run's events."""
+    def events(self) -> list[Row]:
+        """Of the run."""
         from forge_ray.events import Events
         from forge_ray.storage import Storage
 
         runs = [path.name for path in (self.workspace / "runs").glob("*") if path.name not in self.known]
-        return _once([row for run in runs for row in Events.read(Storage(str(self.workspace)), run)])
+        return [row for run in runs for row in Events.read(Storage(str(self.workspace)), run)]
+
+    def rows(self) -> list[Row]:
+        """From the run's events."""
+        return _once(self.events())
 
     def result(self) -> Row:
-        """Digest of the final weights."""
+        """Digest of the final weights, and how often a worker was said to hang, which none did."""
         from forge_ray.artifact import Workspace
 
         if self.driver.poll() != 0:
@@ -214,8 +231,12 @@ class Ours(Side):
             )
         ref = json.loads((self.folder / "out.txt").read_text())["stages"]["pretrain"]["ref"]
         weights = Workspace(str(self.workspace)).get(ref).local_path("model.safetensors")
-        recomputed_s = sum(row["recomputed_s"] for row in self.rows())
-        return {"sha256": hashlib.sha256(weights.read_bytes()).hexdigest(), "recomputed_s": recomputed_s}
+        events = self.events()
+        return {
+            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "recomputed_s": sum(row["recomputed_s"] for row in _once(events)),
+            "false_alarms": sum(row["event"] == "seat" and row["what"] == "hang" for row in events),
+        }
 
 
 def _once(events: list[Row]) -> list[Row]:
@@ -339,7 +360,7 @@ class Bench:
             begin_s = _wait_until_warm(side, cell.workers, self.size.warm_s)
             kills = _disturb(nodes, side, cell, begin_s, schedule(cell, self.size))
             # As long again as a piece without faults, to come back from the last ones.
-            end_s = begin_s + cell.pairs * (self.size.quiet_s + self.size.faults_s) + self.size.quiet_s
+            end_s = begin_s + self.size.whole(cell) + self.size.quiet(cell.side)
             if cell.side == OURS:  # to its last step, for the weights
                 end_s += LONGEST_STEP_S * steps
             _wait(side, end_s - time.time(), lambda: False)
@@ -454,13 +475,13 @@ def _pieces(hits: list[tuple[float, float]], measured: tuple[float, float], cell
         hits: When each kill was, and when all workers were back.
     """
     from_s, end_s = measured
-    quiet, faults = [], []
+    quiet_s, quiet, faults = size.quiet(cell.side), [], []
     for pair in range(cell.pairs):
-        to_s = measured[0] + pair * (size.quiet_s + size.faults_s) + size.quiet_s
+        to_s = measured[0] + pair * (quiet_s + size.faults_s) + quiet_s
         over_s = to_s + size.faults_s
         back_s = max((back for hit, back in hits if to_s <= hit < over_s), default=over_s)
         quiet.append((from_s, min(to_s, end_s)))
-        from_s = min(max(over_s, back_s), over_s + size.quiet_s)
+        from_s = min(max(over_s, back_s), over_s + quiet_s)
         faults.append((to_s, min(from_s, end_s)))
     quiet.append((from_s, end_s))
     return [piece for piece in quiet if piece[1] > piece[0]], [piece for piece in faults if piece[1] > piece[0]]
@@ -542,6 +563,7 @@ def summary(runs: list[Row]) -> Row:
         found["loss_undisturbed"] = _mean([run["loss_undisturbed"] for run in runs])
     if "sha256" in runs[0]:
         found["recomputed_s"] = round(sum(run["recomputed_s"] for run in runs), 3)
+        found["false_alarms"] = sum(run["false_alarms"] for run in runs)
         found["sha256"] = sorted({run["sha256"] for run in runs})
         found["sha256_undisturbed"] = sorted({run["sha256_undisturbed"] for run in runs})
         found["same_weights"] = found["sha256"] == found["sha256_undisturbed"]
@@ -607,9 +629,8 @@ def cells(options: argparse.Namespace, size: Size) -> list[Cell]:
             for every_s in options.every:
                 if workers == 2 and kind == "actor":
                     continue
-                is_goal = (workers, kind, every_s) == (4, "compute", 30)
                 for side in options.sides:
-                    if side == OURS and is_goal:
+                    if side == OURS and (workers, kind) == (4, "compute"):
                         found += [Cell(side, workers, kind, every_s, size.pairs, n) for n in range(size.repeats)]
                     elif side == OURS or kind != "actor":
                         found.append(Cell(side, workers, kind, every_s, size.pairs_else))
@@ -634,10 +655,17 @@ class Finished:
         found: Row = self._rows[key]
         return found
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
 
 def measure(bench: Bench, options: argparse.Namespace) -> list[Row]:
-    """Runs every cell, and ours undisturbed for each number of steps that cells of ours have."""
+    """Runs every cell, and ours undisturbed for each number of steps that cells of ours have.
+
+    Peers may get further than ours: losses are compared at the last step that both have done.
+    """
     size, finished, runs = bench.size, Finished(options.results), []
+    longest: Row = {}
     name = "quick" if options.quick else "full"
     # Another state of our code may have other bits.
     words = ["git", "rev-parse", "--short", "HEAD:forge_ray"]
@@ -648,17 +676,18 @@ def measure(bench: Bench, options: argparse.Namespace) -> list[Row]:
         bench.step_s = kept["step_s"]
         say(f"a step of ours takes {bench.step_s:.3f} s")
     for cell in cells(options, size):
-        seconds = size.warm_s + cell.pairs * (size.quiet_s + size.faults_s)
-        steps = round(1.05 * seconds / bench.step_s)
-        reference: Row = {}
-        if with_ours:
+        steps = round(1.05 * (size.warm_s + size.whole(cell)) / bench.step_s)
+        key = f"{name} {cell}{f' {tree}' * (cell.side == OURS)}"
+        if options.report and key not in finished:
+            continue
+        if cell.side == OURS:
             reference = finished.get(f"{name} undisturbed {steps} {tree}", partial(bench.undisturbed, 4, steps))
-        run = finished.get(f"{name} {cell}{f' {tree}' * (cell.side == OURS)}", partial(bench.disturbed, cell, steps))
-        # Peers may get further than ours: losses are compared at the last step that both have done.
-        upto = min(run["steps"], steps) if reference else run["steps"]
+            longest = max(longest, reference, key=lambda found: len(found.get("loss", ())))
+        run = finished.get(key, partial(bench.disturbed, cell, steps))
+        upto = min(run["steps"], max(map(int, longest["loss"]))) if longest else run["steps"]
         run |= {"loss_at_step": upto, "final_loss": _loss_at(run, upto)}
-        if reference:
-            run["loss_undisturbed"] = _loss_at(reference, upto)
+        if longest:
+            run["loss_undisturbed"] = _loss_at(longest, upto)
         if "sha256" in run:
             run["sha256_undisturbed"] = reference["sha256"]
         found = summary([run])
@@ -677,8 +706,11 @@ def main() -> None:
     parser.add_argument("--every", nargs="+", type=int, metavar="SECONDS", help="default: 30 10")
     parser.add_argument("--workers", nargs="+", type=int, choices=(2, 4), help="default: 4 2")
     parser.add_argument("--results", type=Path, metavar="FILE", help="finished runs are kept here")
+    parser.add_argument("--report", action="store_true", help="measures no further run: what FILE has is reported")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="logs and workspaces of the runs are kept here")
     options = parser.parse_args()
+    if options.report and not options.results:
+        parser.error("--report wants --results FILE")
     options.sides = options.sides or [OURS, RAY, *([TORCHFT] if options.peer else [])]
     options.kinds = options.kinds or (["compute"] if options.quick else ["compute", "actor", "node"])
     options.every = options.every or ([30] if options.quick else [30, 10])
@@ -696,7 +728,8 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         size = QUICK if options.quick else FULL
         bench = Bench(folder, size, options.peer, keep=options.keep is not None)
-        bench.prepare()
+        if not options.report:
+            bench.prepare()
         last = report(measure(bench, options), size, versions)
     print(json.dumps(last))
 

@@ -300,7 +300,7 @@ def test_gc_deletes_what_its_dry_run_lists_and_nothing_else(forge: Forge, worksp
 
 def test_config_lists_every_field_with_its_meaning(forge: Forge) -> None:
     rows = {row["name"]: row for row in json.loads(forge("config", "--json")[1])}
-    assert rows["pretrain.precision"]["type"] == "auto | bf16 | fp32"
+    assert rows["pretrain.precision"]["type"] == "auto | bf16 | fp32 | fp8"
     assert rows["pretrain.steps"]["default"] == "1000"
     assert rows["serve.max_model_len"]["type"] == "int | None"
     assert rows["evaluate.baselines"]["type"] == "tuple[gzip | zstd | bigram | smollm2, ...]"
