@@ -13,8 +13,10 @@ A piece with faults ends when all workers are back after its last kill, however 
 
 What is killed: `compute` is the process that trains (for the peers: Ray's worker, which trains itself), `actor` the
 Ray worker (ours holds nothing; the peers have no other), `node` a raylet and all that it started; another node comes
-a third of the interval later. For ours the SHA-256 of the final weights is compared with an undisturbed run's.
-`value` is the goodput of ours with 4 workers and a compute process killed every 30 s, median of the repeats.
+a third of the interval later; `head` the driver with all of Ray, head and agents, at once: `--supervise` starts it
+again (ours only, once in a piece; `adopted` is the time from the kill until the next driver has found all workers).
+For ours the SHA-256 of the final weights is compared with an undisturbed run's. `value` is the goodput of ours with 4
+workers and a compute process killed every 30 s, median of the repeats.
 
 Peers are set to what recovers soonest; `peers/ray_elastic.py` and `peers/torchft_recipe.py` say how. torchft trains
 fewer samples while a worker is gone: only what it did train counts.
@@ -57,6 +59,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -65,6 +69,7 @@ from tests.integration import chaos  # noqa: E402
 GOAL, GOAL_STALL_S = 0.97, 2.0
 SEED, SLOTS, CALIBRATION_STEPS = 0, 8, 60
 OURS, RAY, TORCHFT = "ours", "ray", "torchft"
+HEAD = "head"
 START_S, LONGEST_STEP_S, ENDLESS = 240.0, 5.0, 1_000_000
 Row = dict[str, Any]
 
@@ -205,9 +210,15 @@ class Ours(Side):
         self.workspace = folder / "workspace"
         shutil.copytree(bench.workspace, self.workspace)
         self.known = {path.name for path in (self.workspace / "runs").glob("*")}
+        self.environment = dict(nodes.environment)
         words = [f"--pretrain.max_workers={cell.workers}", f"--pretrain.steps={steps}", "--pretrain.max_failures=-1"]
+        if cell.kind == HEAD:
+            del self.environment["RAY_ADDRESS"]
+            words += ["--supervise", "--ray.address=local", "--ray.dashboard=false", f"--ray.num_cpus={cell.workers}"]
+        else:
+            words.append(f"--ray.address={nodes.address}")
         command = [*bench.forge, "pretrain", str(bench.job), "--json", *words, f"--workspace={self.workspace}"]
-        super().__init__([*command, f"--ray.address={nodes.address}"], nodes.environment, folder)
+        super().__init__(command, self.environment, folder)
 
     def events(self) -> list[Row]:
         """Of the run."""
@@ -236,6 +247,7 @@ class Ours(Side):
             "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
             "recomputed_s": sum(row["recomputed_s"] for row in _once(events)),
             "false_alarms": sum(row["event"] == "seat" and row["what"] == "hang" for row in events),
+            "came_s": sorted(row["time_s"] for row in events if row["event"] == "seat" and row["what"] == "came"),
         }
 
 
@@ -333,7 +345,7 @@ class Bench:
         try:
             # torchft's lighthouse takes a CPU beside Ray Train's controller.
             with chaos.Nodes(short, self.environment, python, head_cpus=int(cell.side == TORCHFT)) as nodes:
-                for node in range(1, cell.workers + 1):
+                for node in range(1, cell.workers + 1) if cell.kind != HEAD else ():
                     nodes.add(node)
                 side = (Ours if cell.side == OURS else Peer)(self, nodes, cell, steps, folder)
                 try:
@@ -366,6 +378,11 @@ class Bench:
             _wait(side, end_s - time.time(), lambda: False)
             found, rows = side.result(), side.rows()
         measured = (begin_s, rows[-1]["time_s"] if cell.side == OURS else end_s)
+        if cell.kind == HEAD:
+            hits_s = [kill["time_s"] for kill in kills]
+            found["adopted_s"] = [
+                round([at for at in found["came_s"] if at > hit][cell.workers - 1] - hit, 3) for hit in hits_s
+            ]
         return found | analyse(rows, kills, measured, cell, self.size) | {"kills": kills} | asdict(cell)
 
 
@@ -401,6 +418,11 @@ def _disturb(nodes: chaos.Nodes, side: Side, cell: Cell, begin_s: float, faults:
             break
         if what == "node comes":
             nodes.add(int(draw))
+            continue
+        if cell.kind == HEAD:
+            kills.append({"time_s": time.time()})
+            for process in psutil.Process(side.driver.pid).children(recursive=True):
+                chaos.kill(process.pid)
             continue
         role = side.processes.get(cell.kind)
         candidates: list[Any] = nodes.nodes if cell.kind == "node" else nodes.processes(role)
@@ -559,6 +581,8 @@ def summary(runs: list[Row]) -> Row:
         "final_loss": _mean([run["final_loss"] for run in runs]),
         "loss_at_step": [run["loss_at_step"] for run in runs],
     }
+    if "adopted_s" in runs[0]:
+        found["adopted_s"] = [run["adopted_s"] for run in runs]
     if "loss_undisturbed" in runs[0]:
         found["loss_undisturbed"] = _mean([run["loss_undisturbed"] for run in runs])
     if "sha256" in runs[0]:
@@ -627,7 +651,11 @@ def cells(options: argparse.Namespace, size: Size) -> list[Cell]:
     for workers in options.workers:
         for kind in options.kinds:
             for every_s in options.every:
-                if workers == 2 and kind == "actor":
+                if workers == 2 and kind in ("actor", HEAD):
+                    continue
+                if kind == HEAD:  # once in a piece: the next driver needs a while
+                    if OURS in options.sides and every_s == options.every[0]:
+                        found.append(Cell(OURS, workers, kind, int(size.faults_s), size.pairs_else))
                     continue
                 for side in options.sides:
                     if side == OURS and (workers, kind) == (4, "compute"):
@@ -702,7 +730,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--peer", metavar="PYTHON", help="an interpreter that has torchft")
     parser.add_argument("--sides", nargs="+", choices=(OURS, RAY, TORCHFT), help="default: all, torchft with --peer")
-    parser.add_argument("--kinds", nargs="+", choices=("compute", "actor", "node"))
+    parser.add_argument("--kinds", nargs="+", choices=("compute", "actor", "node", HEAD))
     parser.add_argument("--every", nargs="+", type=int, metavar="SECONDS", help="default: 30 10")
     parser.add_argument("--workers", nargs="+", type=int, choices=(2, 4), help="default: 4 2")
     parser.add_argument("--results", type=Path, metavar="FILE", help="finished runs are kept here")
@@ -712,7 +740,7 @@ def main() -> None:
     if options.report and not options.results:
         parser.error("--report wants --results FILE")
     options.sides = options.sides or [OURS, RAY, *([TORCHFT] if options.peer else [])]
-    options.kinds = options.kinds or (["compute"] if options.quick else ["compute", "actor", "node"])
+    options.kinds = options.kinds or (["compute"] if options.quick else ["compute", "actor", "node", HEAD])
     options.every = options.every or ([30] if options.quick else [30, 10])
     options.workers = options.workers or ([4] if options.quick else [4, 2])
     if TORCHFT in options.sides and not options.peer:
