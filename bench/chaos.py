@@ -80,7 +80,7 @@ MODEL = {"num_layers": 4, "d_model": 256, "num_heads": 4, "num_kv_heads": 2, "he
 # One rate from the first step to the last, so that a run's loss at a step does not depend on how many it has.
 PRETRAIN: Row = {
     "slots": SLOTS,
-    "micro_batch": 2,
+    "micro_batch": 1,
     "seq_len": 256,
     "optimizer": {"kind": "adamw", "learning_rate": 0.001},
     "warmup_frac": 0.0,

@@ -195,12 +195,12 @@ def quiet(s3: Place) -> Finished:
 
 @pytest.fixture(scope="module", params=list(SERVERS))
 def cloud(request: pytest.FixtureRequest) -> Iterator[tuple[Place, Finished]]:
-    """The same job on each store."""
+    """The same job on each store, to its weights; in S3 to its end."""
     if request.param == "s3":
         yield request.getfixturevalue("s3"), request.getfixturevalue("quiet")
         return
     with _place(request.param) as place:
-        done = place.run(place.forge("quiet"), "export")
+        done = place.run(place.forge("quiet"), "pretrain")
         assert done.code == 0, done.stderr[-4000:]
         yield place, done
 
@@ -216,13 +216,15 @@ def test_a_job_in_a_bucket_gives_the_ids_shards_and_weights_of_a_local_one(
             assert mine
             assert mine == others, stage
         assert _ids(here.artifact("quiet", ours, "curate")) == _ids(there.artifact("quiet", theirs, "curate"))
-        for stage in ("pretrain", "export"):
+        for stage in {"pretrain", "export"} & theirs.result["stages"].keys():
             mine, others = (
                 _files(place.artifact("quiet", done, stage), "model.safetensors") for place, done in (local, cloud)
             )
-            assert mine == others
-        bits = [done.result["stages"]["evaluate"]["metrics"]["bits_per_byte"] for done in (ours, theirs)]
-        assert bits[0] == pytest.approx(bits[1])
+            assert mine
+            assert mine == others, stage
+        if there.server and there.server.scheme == "s3":
+            bits = [done.result["stages"]["evaluate"]["metrics"]["bits_per_byte"] for done in (ours, theirs)]
+            assert bits[0] == pytest.approx(bits[1])
 
 
 # ------------------------------------------------------------------------------------------------------- kills
