@@ -244,6 +244,72 @@ def _data(words: Words) -> int:
     return 0
 
 
+def _cluster_verb(words: Words) -> int:
+    from forge_ray import cluster_verbs
+
+    values, left = own_flags(words, ("--prices",))
+    _no_flags(words, left)
+    asked, *names = words.places or ("",)
+    verbs = ("plan", *cluster_verbs.CLUSTER, "list")
+    if asked not in verbs or len(names) != (asked != "list"):
+        close = near(asked, verbs)
+        raise ConfigError(
+            "what is asked of which cluster?",
+            got=" ".join(words.places) or "nothing",
+            wanted=f"forge cluster {'|'.join(verbs[:-1])} FILE, or forge cluster list",
+            do=f"did you mean `forge cluster {close}`?" if close and close != asked else "name one file",
+        )
+    if asked == "list":
+        told = cluster_verbs.listed()
+    elif asked == "plan":
+        told = cluster_verbs.plan(names[0], values.get("--prices"))
+    else:
+        told = cluster_verbs.CLUSTER[asked](names[0])
+    return _tell_told(words, told)
+
+
+def _submit(words: Words) -> int:
+    from forge_ray import cluster_verbs
+
+    values, flags = own_flags(words, ("--cluster", "--address"))
+    verb, places = "pretrain", words.places
+    if places and places[0] in (*STAGE_VERBS, "run"):
+        verb, places = places[0], places[1:]
+    if not places:
+        raise ConfigError(
+            "what is to be done there?", got="nothing", wanted="forge submit [STAGE] JOB.yaml --cluster NAME"
+        )
+    resolved = _resolve(replace(words, verb=verb, places=places, flags=flags), submitted=True)
+    return _tell_told(words, cluster_verbs.submit(verb, resolved, values, detach="--detach" in words.switches))
+
+
+def _of_a_job(words: Words) -> int:
+    from forge_ray import cluster_verbs
+
+    _no_flags(words, words.flags)
+    if words.verb == "jobs":
+        return _tell_told(words, cluster_verbs.all_jobs())
+    if len(words.places) != 1:
+        raise ConfigError("which job?", got=" ".join(words.places) or "nothing", do="`forge jobs` lists them")
+    (job,) = words.places
+    if words.verb == "resume":
+        return _tell_told(words, cluster_verbs.resume(job, detach="--detach" in words.switches))
+    return _tell_told(words, {"logs": cluster_verbs.logs, "stop": cluster_verbs.stop}[words.verb](job))
+
+
+def _tell_told(words: Words, told: tuple[Any, str, int]) -> int:
+    result, text, code = told
+    _print_result(words, result, text)
+    return code
+
+
+def _no_flags(words: Words, flags: Sequence[str]) -> None:
+    if flags:
+        raise ConfigError(
+            f"`forge {words.verb}` has no such flag", got=" ".join(flags), do=f"see `forge {words.verb} --help`"
+        )
+
+
 def _gc(words: Words) -> int:
     from forge_ray import garbage
     from forge_ray.artifact import Workspace
@@ -301,6 +367,9 @@ VERBS = {
     "run": _run,
     "plan": _plan,
     "serve": _serve,
+    "cluster": _cluster_verb,
+    "submit": _submit,
+    **dict.fromkeys(("jobs", "logs", "stop", "resume"), _of_a_job),
     "show": _show,
     "data": _data,
     "gc": _gc,
@@ -312,7 +381,7 @@ VERBS = {
 # ------------------------------------------------------------------------------------------------------------ helpers
 
 
-def _resolve(words: Words, files: Sequence[str] | None = None) -> Resolved:
+def _resolve(words: Words, files: Sequence[str] | None = None, *, submitted: bool = False) -> Resolved:
     from forge_ray import settings
     from forge_ray.config import ForgeConfig
 
@@ -322,17 +391,17 @@ def _resolve(words: Words, files: Sequence[str] | None = None) -> Resolved:
             raise ConfigError("no such flag", got=name, do=f"did you mean {close}?")
     resolved = settings.resolve(words.places if files is None else files, words.flags)
     if words.verb in STAGE_VERBS or words.verb == "run":
-        _check_workspace_outlives_the_job(resolved.config.workspace)
+        _check_workspace_outlives_the_job(resolved.config.workspace, submitted)
     return resolved
 
 
-def _check_workspace_outlives_the_job(uri: str) -> None:
+def _check_workspace_outlives_the_job(uri: str, submitted: bool) -> None:
     from pathlib import Path
 
     from forge_ray.storage import is_local
 
     # Ray sets the variable in the driver of `ray job submit`, which runs in a temporary copy of --working-dir.
-    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    submitted |= "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if submitted and is_local(uri) and not Path(uri.removeprefix("file://")).expanduser().is_absolute():
         raise ConfigError(
             "a submitted job's relative workspace would lie in Ray's copy of the working directory, and be deleted",

@@ -12,11 +12,11 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from forge_ray import pipeline
+from forge_ray import pipeline, prices
 from forge_ray.artifact import Artifact, Manifest, Workspace, fingerprint
 from forge_ray.config import ForgeConfig
 from forge_ray.errors import ArtifactError, ConfigError
-from forge_ray.plan import planner, prices, text
+from forge_ray.plan import planner, text
 from forge_ray.telemetry import format_bytes, format_s, say
 
 if TYPE_CHECKING:

@@ -74,7 +74,7 @@ def resolve(
     Raises:
         ConfigError: Naming the file, variable or flag, the value, what was wanted and what to do.
     """
-    layers = [(str(path), _read_yaml(Path(path))) for path in files]
+    layers = [(str(path), read_yaml(Path(path))) for path in files]
     layers += _env_layers(os.environ if environ is None else environ)
     layers += _flag_layers(flags)
     merged: dict[str, Any] = {}
@@ -152,7 +152,12 @@ def _parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_UniqueKeyLoader)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping, as written: a key that stands twice is an error, and `off` is a word.
+
+    Raises:
+        ConfigError: It is missing, cannot be read, is no YAML or no mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

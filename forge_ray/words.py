@@ -25,6 +25,12 @@ OTHER_VERBS = {
     "plan": "what a budget buys, before any is spent; `forge plan fit` predicts a job from small runs",
     "run": "all stages, then serve and ask once",
     "serve": "an OpenAI-compatible endpoint for JOB.yaml or an export's REF, until Ctrl-C",
+    "cluster": "plan, up, status, down, doctor: a cluster of Ray's launcher; list: those that were started from here",
+    "submit": "a job to a cluster, followed until it ends",
+    "jobs": "what was submitted from here, and what became of it",
+    "logs": "the log of a job, until it ends",
+    "stop": "end a job in order, with a last checkpoint",
+    "resume": "submit a job again: it goes on where it stopped",
     "show": "an artifact and its ancestors, or the names of all artifacts",
     "data": "why: the fate of a document; report: of all of them; forget: leave documents out, and erase them",
     "gc": "delete what no artifact refers to",
@@ -34,6 +40,7 @@ OTHER_VERBS = {
 _USAGE_OF = {"run": OTHER_VERBS["run"], **STAGE_VERBS, **OTHER_VERBS}
 SWITCHES = ("--dry-run", "--json", "--help", "--version")
 OWN_SWITCHES = {"pretrain": ("--supervise",), "run": ("--supervise",), "data": ("--duplicates", "--erase")}
+OWN_SWITCHES |= {"submit": ("--detach",), "resume": ("--detach",)}
 _OF_A_JOB = "[JOB.yaml ...] [--section.field VALUE ...] [--dry-run] [--json]"
 _SUPERVISED = f"{_OF_A_JOB} [--supervise]"
 _USAGES = {
@@ -43,6 +50,15 @@ _USAGES = {
     "plan": """[JOB.yaml ...] [--plan.usd USD] [--plan.hours H] [--section.field VALUE ...] [--out FILE.yaml] [--json]
        forge plan fit JOB.yaml ... [--section.field VALUE ...] [--json]""",
     "serve": "JOB.yaml ... | REF [--section.field VALUE ...] [--dry-run] [--json]",
+    "cluster": """plan FILE [--prices FILE.yaml] [--json]
+       forge cluster up|status|down|doctor FILE|NAME [--json]
+       forge cluster list [--json]""",
+    "submit": """[STAGE] JOB.yaml ... --cluster FILE|NAME | --address URL [--section.field VALUE ...]
+       [--detach] [--json]""",
+    "jobs": "[--json]",
+    "logs": "JOB [--json]",
+    "stop": "JOB [--json]",
+    "resume": "JOB [--detach] [--json]",
     "show": "[JOB.yaml ...] [REF] [--workspace URI] [--json]",
     "data": """why DOC [JOB.yaml ...] [--workspace URI] [--json]
        forge data report [JOB.yaml ... | REF] [--out FILE.html] [--examples N] [--workspace URI] [--json]
@@ -60,6 +76,13 @@ fit trains a ladder of small models on the job's documents and writes down what 
 result is then shown beside it.""",
     "pretrain": _SUPERVISE,
     "run": _SUPERVISE,
+    "cluster": """FILE is Ray's own: `ray up`, `ray attach` and `ray dashboard` take it too. plan calls no cloud and
+shows what would be created, what it costs, and what is wrong or unsafe; up refuses that. down looks whether anything
+is left.
+Tokens and certificates are made once for a cluster, in ~/.forge-ray/clusters, and reach its nodes by SSH.""",
+    "submit": """STAGE is one of forge's verbs, pretrain unless it is given. The job takes this package and its resolved
+configuration along; its driver runs on the head under --supervise. A lost connection is made again; Ctrl-C leaves the
+job running.""",
     "data": """DOC is a document's id, its beginning, its key or its source. Without JOB.yaml the latest build counts.
 report prints a summary and writes one page (./data-report.html); what it shows has passed the finders of private data.
 forget writes tombstones: the next build leaves these documents out. --duplicates takes those that say the same too.

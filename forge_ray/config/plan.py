@@ -25,7 +25,7 @@ class PlanConfig(Section):
     market: Literal["any", "on-demand", "spot"] = "any"
     """Whether machines may be taken away while they are rented."""
     prices: str | None = None
-    """A price file of your own in place of ours (`forge_ray/plan/prices.yaml` shows the form)."""
+    """A price file of your own in place of ours (`forge_ray/prices.yaml` shows the form)."""
     corpus_tokens: _Amount | None = None
     """Tokens of training documents; none for what `corpus_bytes` says or, without that, the job's published shards."""
     corpus_bytes: _Amount | None = None

@@ -24,7 +24,7 @@ from forge_ray.model.arithmetic import (
     train_flops_per_token,
 )
 from forge_ray.plan.law import Law, best_batch_tokens
-from forge_ray.plan.prices import CORE, Chip, Machine, Prices
+from forge_ray.prices import CORE, Chip, Machine, Prices
 
 # Above 8 only even ones: heads of 128 cover the width exactly.
 _DEPTHS = (*range(1, 9), *range(10, 65, 2))

@@ -1,12 +1,18 @@
-"""`ray job submit`: the same command, sent to a running head, and seen on its dashboard."""
+"""`forge submit` and `ray job submit`: the same command, sent to a running head, followed, stopped, resumed, seen."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+import pytest
+
 from tests.integration.conftest import LIMIT_S, ROOT, TINY, Finished, Forge, Head
+from tests.integration.crew import processes
+from tests.waiting import wait_for
 
 
 def test_a_submitted_pretraining_runs_on_the_head_and_is_seen_on_its_dashboard(
@@ -39,3 +45,57 @@ def test_a_submitted_pretraining_runs_on_the_head_and_is_seen_on_its_dashboard(
     runs = head.get("/api/train/v2/runs/v1")["train_runs"]
     mine = [run for run in runs if run["name"].startswith("pretrain-")]
     assert {run["status"] for run in mine} == {"FINISHED"}, mine
+
+
+@pytest.fixture
+def user(head: Head, forge: Forge, ran: Finished, tmp_path: Path) -> Forge:
+    """Somebody who knows the head's address and token, and has a home of their own."""
+    kept = {name: value for name, value in head.environment.items() if name != "RAY_ADDRESS"}
+    return Forge(forge.workspace, kept | {"HOME": str(tmp_path), "RAY_JOB_STOP_WAIT_TIME_S": "60"})
+
+
+def _asked(user: Forge, *words: str) -> Finished:
+    """A command that takes no workspace."""
+    command = [sys.executable, "-m", "forge_ray.cli", *words, "--json"]
+    done = subprocess.run(
+        command, env=user.environment, cwd=ROOT, text=True, capture_output=True, timeout=LIMIT_S, check=False
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def _workers(user: Forge, kind: str) -> list[psutil.Process]:
+    """Of the runs in this workspace."""
+    runs = {path.name for path in (user.workspace / "runs").glob("*")}
+    return [process for run_id in runs for process in processes(kind, run_id)]
+
+
+def test_a_job_is_followed_stopped_in_order_and_resumed_to_its_end(head: Head, user: Forge) -> None:
+    sent = user(
+        "submit",
+        *("pretrain", str(TINY), "--json", f"--address={head.dashboard}", "--detach", "--pretrain.seed=12"),
+        "--pretrain.steps=400",
+    )
+    assert sent.code == 0, sent.stderr[-3000:]
+    job = sent.result["job"]
+    wait_for("its workers", lambda: len(_workers(user, "forge-compute")) == 2)
+    assert [row["status"] for row in _asked(user, "jobs").result["jobs"]] == ["RUNNING"]
+    stopped = _asked(user, "stop", job)
+    assert stopped.result["status"] == "STOPPED", stopped.stderr
+    assert not _workers(user, "forge-seat"), "a stopped job leaves no worker behind"
+
+    resumed = _asked(user, "resume", job)
+    assert resumed.code == 0, resumed.stderr[-3000:]
+    assert resumed.result["exit_code"] == 0
+    assert "pretrain: published pretrain/" in resumed.stderr
+    again = _asked(user, "logs", resumed.result["job"])
+    assert "pretrain: published pretrain/" in again.stderr
+    assert [row["status"] for row in _asked(user, "jobs").result["jobs"]] == ["STOPPED", "SUCCEEDED"]
+
+
+def test_a_job_that_fails_gives_its_exit_code_and_says_what_to_do(head: Head, user: Forge) -> None:
+    words = ("submit", "pretrain", str(TINY), "--json", f"--address={head.dashboard}")
+    done = user(*words, "--pretrain.slots=4096", "--pretrain.seq_len=100000")
+    assert done.code == 5, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    assert told["exit_code"] == 5
+    assert "error: " in done.stderr

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
+from forge_ray import prices
 from forge_ray.config import ForgeConfig
 from forge_ray.config.train import shape_of
 from forge_ray.errors import ConfigError
 from forge_ray.model.arithmetic import num_parameters, train_flops_per_token
-from forge_ray.plan import planner, prices, text
+from forge_ray.plan import planner, text
 from forge_ray.plan.law import Law
 from forge_ray.plan.planner import Plan
 from forge_ray.settings import resolve

@@ -125,7 +125,7 @@ def read(path: str | None) -> Prices:
         raise ConfigError(
             f"the price file is not valid: {where or 'file'}: {first['msg'].removeprefix('Value error, ')}",
             got=f"{place}, {len(error.errors())} such",
-            do="forge_ray/plan/prices.yaml shows the form",
+            do="forge_ray/prices.yaml shows the form",
         ) from None
 
 
