@@ -203,8 +203,9 @@ class PretrainConfig(Section):
     """CPUs that Ray reserves for a worker, and the threads it computes with."""
     gpus_per_worker: Annotated[int, Field(ge=0, le=1), OPERATIONAL] = 0
     """GPUs that Ray reserves for a worker."""
-    max_failures: Annotated[int, Field(ge=-1), OPERATIONAL] = 100
-    """Worker-group failures survived before the run gives up; -1 for no limit."""
+    max_failures: Annotated[int, Field(ge=-1), OPERATIONAL] = -1
+    """Agents and nodes that Ray may lose before the run gives up, in all its time; -1 for no limit. Deaths again and
+    again without a step between end it in any case."""
     sharding: Annotated[Literal["replicated", "fsdp"], OPERATIONAL] = "replicated"
     """`replicated` keeps the whole state on every worker; `fsdp` a part of it on each (FSDP2), for models that do not
     fit, with `reduction: fast`."""

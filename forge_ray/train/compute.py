@@ -51,6 +51,8 @@ def main(task: Message, connection: socket.socket) -> None:
     spec = RunSpec.from_json(task["spec"])
     torch.set_num_threads(spec.config.cpus_per_worker)
     device = _device(spec)
+    if device.type == "cuda" and spec.config.reduction == "exact":
+        torch.use_deterministic_algorithms(True, warn_only=True)
     store, at = store_server(task["address"])
     control = Control(Lines(connection), at)
     try:
@@ -158,12 +160,21 @@ def _fit(spec: RunSpec, device: torch.device) -> Fit:
     return fitting.choose(spec.model, spec.config, spec.vocab_size, device, attempt)
 
 
+def _matrix_units() -> str:
+    """What processors of one class may have or not, and the library's products of matrices then use."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as table:
+        line = next((line for line in table if line.startswith("flags")), "")
+        found = sorted({"avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16"} & set(line.split()))
+        return "".join(f" {name}" for name in found)
+    return ""
+
+
 def host_class(spec: RunSpec, fit: Fit, device: torch.device) -> str:
     """What the bits of a result depend on besides the configuration: libraries, threads, the kind of processor."""
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
-        processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{_matrix_units()}"
     parts = [f"torch {torch.__version__}", processor, f"{spec.config.cpus_per_worker} thread(s)", spec.precision]
     parts += ["compiled"] * spec.compiled
     if fit.at_once < spec.config.micro_batch:

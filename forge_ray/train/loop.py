@@ -216,8 +216,7 @@ def step(worker: Worker, team: Team, assignment: Assignment) -> tuple[Verdict, S
         asked_s = time.monotonic()
         samples = torch.from_numpy(worker.loader.slot(worker.position, slot))
         clock.data_s += time.monotonic() - asked_s
-        team.progress("computing")
-        sums.scalars[LOSS] += backward(worker, samples)
+        sums.scalars[LOSS] += backward(worker, samples, lambda: team.progress("computing"))
         sums.scalars[AGREED] += float(team.wishes())
         sums.add(slot)
     computed_s = time.monotonic()
@@ -262,13 +261,17 @@ def step(worker: Worker, team: Team, assignment: Assignment) -> tuple[Verdict, S
     return verdict, record
 
 
-def backward(worker: Worker, tokens: Tensor) -> float:
+def backward(worker: Worker, tokens: Tensor, progress: Callable[[], None] = lambda: None) -> float:
     """Adds a slot's share of the step's gradient; returns its share of the step's loss.
+
+    Args:
+        progress: Called before each part of it.
 
     Shapes: tokens (B, T + 1).
     """
     device, total = worker.sums.values.device, 0.0
     for part in tokens.split(worker.fit.at_once):
+        progress()
         share = len(part) / (len(tokens) * worker.config.slots)
         total += share * float(learn(worker.model, part.to(device), worker.end_token, worker.bf16, share))
     return total

@@ -164,7 +164,8 @@ class Record:
         """A step is committed, on every worker."""
         self._log.step(record, self.team.rank)
         if self.team.rank == 0 and (self._saver.due() or record.step == self._spec.config.stable_steps):
-            self._saver.snapshot(self._worker.step, self._worker.state, self._extra())
+            trusted_step = self.team.trusted_step
+            self._saver.snapshot(self._worker.step, self._worker.state, self._extra(), trusted_step=trusted_step)
 
     def on_verdict(self, verdict: Verdict) -> None:
         """The guardian has something to say of a step, on every worker."""
@@ -184,15 +185,19 @@ class Record:
 
     def stop(self) -> None:
         """Keeps what there is when this worker ends before the run does."""
-        if self.team.rank == 0 and self._worker.step > 0:
+        # Without a group, rank 0 may be gone, and nobody else keeps what the others have.
+        if self._worker.step > 0 and (self.team.rank == 0 or not self.team.stands):
             try:
+                if self.team.rank != 0 and self.stored() >= self._worker.step:
+                    return
                 self._save()
                 self._log.flush()
             except ForgeError as error:
                 say(f"  the last steps are not saved: {error}")
 
     def _save(self) -> None:
-        self._saver.snapshot(self._worker.step, self._worker.state, self._extra(), last=True)
+        trusted_step = self.team.trusted_step
+        self._saver.snapshot(self._worker.step, self._worker.state, self._extra(), trusted_step=trusted_step, last=True)
         self._saver.finish()
 
     def _before(self, verdict: Verdict) -> Saved:

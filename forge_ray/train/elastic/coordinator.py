@@ -25,7 +25,8 @@ from forge_ray.train.goodput import Ledger
 _TICK_S = 0.5
 _FLUSH_S = 2.0
 _HELLO_S = 10.0
-_DEATHS_WITHOUT_PROGRESS = 10
+_DEATHS_WITHOUT_PROGRESS = 10  # or three of each seat: a node that hangs may take all of a large group with it
+_LOSSES_WITHOUT_PROGRESS = 20  # of each seat: ends with a group that broke
 _STOP_S = 20.0
 LOST_EXIT = 71  # a sharded worker ends with its group: no fault of its own
 
@@ -50,6 +51,7 @@ class Coordinator:
         self._news: list[Message] = []
         self._error: ForgeError | None = None
         self._deaths: list[str] = []
+        self._losses = 0
         self._stopping = False
         self._address = ""
         self._server: asyncio.Server | None = None
@@ -86,6 +88,7 @@ class Coordinator:
     async def tell(self, seat: str, why: str) -> None:
         """An agent's keeper did not come up."""
         self._record({"event": "seat", "seat": seat, "host": "", "what": "failed to start", "why": why})
+        self._count_death(f"{seat}: it does not start", why)
 
     async def ended(self) -> bool:
         """Whether agents have nothing more to do."""
@@ -138,11 +141,15 @@ class Coordinator:
             self._membership.beat(name, message, now_s)
         elif kind == "event":
             if message["record"]["event"] == "step":
-                self._deaths = []
+                self._deaths, self._losses = [], 0
             self._keep(message["record"])
         elif kind == "died":
+            ordered = self._membership.is_replaced(name)
             self._membership.died(name, message["pid"], message["why"], now_s)
-            if message["code"] not in (0, LOST_EXIT) and not self._membership.done:
+            self._losses += message["code"] == LOST_EXIT
+            if self._losses >= _LOSSES_WITHOUT_PROGRESS * max(1, len(self._writers)):
+                self._give_up(self._losses, f"{name}: its group broke again", message["tail"])
+            elif message["code"] not in (0, LOST_EXIT) and not ordered and not self._membership.done:
                 self._count_death(f"{name}: {message['why']}", message["tail"])
         elif kind == "stacks":
             record = {"event": "seat", "seat": name, "host": name.partition("/")[0]}
@@ -152,16 +159,19 @@ class Coordinator:
 
     def _count_death(self, what: str, tail: str) -> None:
         self._deaths.append(what)
-        if len(self._deaths) >= _DEATHS_WITHOUT_PROGRESS:
-            last = tail.strip().splitlines()[-1:] or [what]
-            self._fail(
-                TrainError(
-                    "the workers die again and again without a step between",
-                    got=f"{len(self._deaths)} deaths, the last of {what}: {last[0][:500]}",
-                    do="memory is the usual cause of SIGKILL: lower pretrain.micro_batch; the workers' logs are on "
-                    "Ray's dashboard",
-                )
+        if len(self._deaths) >= max(_DEATHS_WITHOUT_PROGRESS, 3 * len(self._writers)):
+            self._give_up(len(self._deaths), what, tail)
+
+    def _give_up(self, deaths: int, what: str, tail: str) -> None:
+        last = tail.strip().splitlines()[-1:] or [what]
+        self._fail(
+            TrainError(
+                "the workers die again and again without a step between",
+                got=f"{deaths} deaths, the last of {what}: {last[0][:500]}",
+                do="memory is the usual cause of SIGKILL: lower pretrain.micro_batch; the workers' logs are on "
+                "Ray's dashboard",
             )
+        )
 
     def _fail(self, error: ForgeError) -> None:
         self._error = self._error or error

@@ -4,7 +4,8 @@ A group is formed anew in milliseconds whenever its members change; nothing glob
 a call still stuck in it, can be left behind. Owns forming, the collective calls and their interruption. Who is a
 member is the coordinator's business.
 
-No test executes without a GPU: NCCL in `_connect`. Exact mode there also needs deterministic kernels.
+No test executes without a GPU: NCCL in `_connect` and in `_run`, which asks whether the GPU is done: NCCL's future is
+done when the call is queued, and a CPU that waits for the GPU cannot be interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
 # A call that waits for a peer which the network has lost without a word; the coordinator finds out long before.
 _TIMEOUT = timedelta(minutes=30)
-_POLL_S = 0.1
+_POLL_S, _POLL_GPU_S = 0.1, 0.0005
 _CONNECT_S = 2.0
 
 
@@ -151,7 +152,10 @@ class Group:
             future, changed = work.get_future(), self._changed
             future.add_done_callback(lambda _: changed.set())
             try:
-                self._wait(future.done)
+                if self.device.type == "cuda":
+                    self._wait(work.is_completed, _POLL_GPU_S)
+                else:
+                    self._wait(future.done)
             except GroupLost:
                 threading.Thread(
                     target=_bury, args=(self._process_group, future), name="forge-bury", daemon=True
@@ -161,11 +165,11 @@ class Group:
         except RuntimeError as error:
             raise GroupLost(str(error).split("\n")[0]) from None
 
-    def _wait(self, done: Callable[[], bool]) -> None:
+    def _wait(self, done: Callable[[], bool], poll_s: float = _POLL_S) -> None:
         while not done():
             if self._interrupted():
                 raise GroupLost("another group takes its place")
-            self._changed.wait(_POLL_S)
+            self._changed.wait(poll_s)
             self._changed.clear()
 
 

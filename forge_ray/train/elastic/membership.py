@@ -10,6 +10,7 @@ the workers agree on among themselves; after a loss the next group forms at once
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ _SILENT_S = 15.0  # a compute process that does not even beat is stopped
 _KEEPER_S = 20.0  # a keeper told to replace its compute process that does not do it is dropped
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0  # between groups that do not come to stand
 _BEATS_FOR_SLOW = 10.0  # times the longest slot so far, before one is called a hang
+_STORE_PHASES = ("data", "loading", "saving")  # in which a store may keep a worker waiting
 
 
 @dataclass
@@ -101,6 +103,11 @@ class Membership:
             self._tell_news(name, "died", why)
             self._lose(name, now_s)
 
+    def is_replaced(self, name: str) -> bool:
+        """Whether a seat's keeper has been told to end its compute process."""
+        seat = self.seats.get(name)
+        return seat is not None and seat.replaced_s is not None
+
     def status(self, name: str, message: Message, now_s: float) -> None:
         """What a compute process says of itself."""
         seat = self.seats.get(name)
@@ -110,7 +117,8 @@ class Membership:
         seat.pid, seat.state, seat.step = message["pid"], message["state"], message["step"]
         seat.generation, seat.store, seat.host_class = message["generation"], message["store"], message["host_class"]
         seat.members, seat.beat_s, seat.beat = message.get("members", []), now_s, {}
-        if seat.state == "ready" and before != "ready" and self._ready_since_s is None:
+        waits = seat.state == "ready" or (seat.state == "lost" and name not in self.members)
+        if waits and before != seat.state and self._ready_since_s is None:
             self._ready_since_s = now_s
         if seat.state in ("in", "lost") and seat.generation > self.generation:
             # This coordinator is new, the group is not.
@@ -143,10 +151,11 @@ class Membership:
 
     def tick(self, now_s: float) -> None:
         """Does what is due. Called after every change, and twice a second."""
-        if self.done:
-            self._out += [(seat.name, {"kind": "stop"}) for seat in self.seats.values() if seat.state in ("", "ready")]
-            return
         self._watch(now_s)
+        if self.done:
+            waiting = [seat.name for seat in self.seats.values() if seat.state in ("", "ready", "lost")]
+            self._out += [(name, {"kind": "stop"}) for name in waiting]
+            return
         if self._adopting_s is not None:
             missing = [name for name in self.members if name not in self.seats]
             if missing and now_s - self._adopting_s < _ADOPT_S:
@@ -160,19 +169,34 @@ class Membership:
         if self._broken:
             self._after_loss(members, waiting[:room], now_s)
         elif not self.members:
-            self._begin(waiting[: self._max], now_s)
+            self._begin(waiting, now_s)
         elif all(self.seats[name].generation == self.generation for name in members):
+            if self._all_wait(members, now_s):
+                self._broken = True  # for each other, over a network that is cut between them: they meet anew
+                return
             self._at_boundary(members, waiting[:room], now_s)
 
     # ------------------------------------------------------------------------------------------------------------ rules
 
     def _begin(self, waiting: list[str], now_s: float) -> None:
-        """Nobody has a group: starts with those who come within a second of the first."""
+        """Nobody has a group: starts with those who come within a second of the first, and compute the same bits."""
         if len(waiting) < self._min or self._ready_since_s is None:
             return
-        if len(waiting) == self._max or now_s - self._ready_since_s >= _GATHER_S:
+        if len(waiting) < self._max and now_s - self._ready_since_s < _GATHER_S:
+            return
+        count = Counter(self.seats[name].host_class for name in waiting)
+        # Of the run's class if there are enough; else of the most common, of equals the first to come.
+        enough = [kind for kind in count if count[kind] >= self._min]
+        wanted = self._host_class if self._host_class in enough else max(count, key=lambda kind: count[kind])
+        alike = [name for name in waiting if self.seats[name].host_class == wanted]
+        for name in waiting:
+            if name not in alike:
+                self._refuse(name, wanted)
+        if len(alike) >= self._min:
+            self._host_class = wanted
+            alike = alike[: self._max]
             cause = "resume" if self.generation else "start"
-            self._form(waiting, cause, now_s, joined=waiting, voluntary=False)
+            self._form(alike, cause, now_s, joined=alike, voluntary=False)
 
     def _after_loss(self, members: list[str], waiting: list[str], now_s: float) -> None:
         if not members:  # nobody holds the state: as at the start
@@ -202,6 +226,7 @@ class Membership:
         leaving: list[str] | None = None,
     ) -> None:
         self.generation, self._formed_s = self.generation + 1, now_s
+        members = _spread(members)
         self.members = [*members, *(leaving or [])]
         lost, self._lost = self._lost, []
         self._broken, self._ready_since_s = False, None
@@ -233,7 +258,10 @@ class Membership:
 
     def _watch(self, now_s: float) -> None:
         """Finds who hangs: whoever is silent, or makes no progress while it is not waiting for others."""
-        suspects = [seat for seat in self.seats.values() if seat.pid and seat.state and self._hangs(seat, now_s)]
+        working = [seat for seat in self.seats.values() if seat.pid and seat.state not in ("", "done")]
+        # Sharded workers wait for each other wherever they compute.
+        storing = any(seat.beat.get("phase") in _STORE_PHASES for seat in working)
+        suspects = [seat for seat in working if self._hangs(seat, now_s, storing)]
         for seat in suspects:
             if seat.replaced_s is None:
                 seat.replaced_s = now_s
@@ -244,42 +272,62 @@ class Membership:
             elif now_s - seat.replaced_s > _KEEPER_S:
                 self.gone(seat.name, now_s, "its keeper does not answer either")
 
-    def _hangs(self, seat: Seat, now_s: float) -> bool:
+    def _hangs(self, seat: Seat, now_s: float, storing: bool) -> bool:
         if not seat.beat:
             return now_s - seat.beat_s > max(self._hang_s, _SILENT_S)
         if now_s - seat.beat_s > min(self._hang_s, _SILENT_S):
             return True
         limit_s = max(self._hang_s, _BEATS_FOR_SLOW * seat.slowest_s)
-        if seat.beat["phase"] == "data":
+        if storing:
             limit_s += self._data_wait_s
         return seat.beat["phase"] not in ("waiting", "idle") and seat.beat["age_s"] > limit_s
+
+    def _all_wait(self, members: list[str], now_s: float) -> bool:
+        """Whether all members have waited for each other for longer than any one may be silent."""
+        beats = [self.seats[name].beat for name in members]
+        longest_s = max(self._hang_s, _BEATS_FOR_SLOW * max(self.seats[name].slowest_s for name in members))
+        return len(members) > 1 and all(
+            beat and beat["phase"] == "waiting" and beat["age_s"] > longest_s for beat in beats
+        )
 
     def _alive(self, name: str) -> bool:
         seat = self.seats.get(name)
         return seat is not None and seat.pid != 0 and seat.state in ("in", "lost", "ready")
 
     def _may_join(self, name: str, members: list[str]) -> bool:
-        """Whether a seat waits to join, and its results would have the same bits as those of the others."""
+        """Whether a seat waits to join, and its results would have the same bits as those of the others.
+
+        One that is `lost` has not heard that the others went on without it.
+        """
         seat = self.seats[name]
-        if seat.state != "ready" or seat.draining or name in members:
+        if seat.state not in ("ready", "lost") or seat.draining or name in members or name in self.members:
             return False
         if self._host_class and members and seat.host_class != self._host_class:
-            if name not in self._refused:
-                self._refused.add(name)
-                self._tell_news(
-                    name,
-                    "refused",
-                    f"it computes other bits than the group: {seat.host_class} instead of {self._host_class}; "
-                    "give the run nodes of one class",
-                )
+            self._refuse(name, self._host_class)
             return False
         return True
+
+    def _refuse(self, name: str, wanted: str) -> None:
+        if name not in self._refused:
+            self._refused.add(name)
+            found = self.seats[name].host_class
+            why = f"it computes other bits than the group: {found} instead of {wanted}; give the run nodes of one class"
+            self._tell_news(name, "refused", why)
 
     def _age(self, name: str) -> float:
         return self.seats[name].joined_s
 
     def _tell_news(self, name: str, what: str, why: str = "") -> None:
         self._news.append({"event": "seat", "seat": name, "host": name.partition("/")[0], "what": what, "why": why})
+
+
+def _spread(members: list[str]) -> list[str]:
+    """Members so that neighbours are on different hosts as far as can be, since they hold each other's copies."""
+    hosts: dict[str, list[str]] = {}
+    for name in members:
+        hosts.setdefault(name.partition("/")[0], []).append(name)
+    longest = max(map(len, hosts.values()), default=0)
+    return [names[turn] for turn in range(longest) for names in hosts.values() if turn < len(names)]
 
 
 def snapshot(membership: Membership) -> dict[str, Any]:

@@ -53,7 +53,8 @@ _IDLE_ORPHAN_S = 10.0  # with nothing to go on with there is nothing to wait for
 _LONGEST_PAUSE_S = 5.0
 _STOP_S = 60.0  # the step under way, and a last checkpoint
 _TAIL_BYTES = 4000
-_PR_SET_NAME, _PR_SET_PDEATHSIG = 15, 1
+_PR_SET_NAME, _PR_SET_PDEATHSIG, _PR_SET_PTRACER = 15, 1, 0x59616D61
+_UNANSWERED_MS = 10_000  # a coordinator whose host lost its power does not even say that it is gone
 
 
 def folder_of_run(run_id: str) -> Path:
@@ -108,17 +109,18 @@ def claim(run_id: str, task: Message) -> Iterator[tuple[Path, bool]]:
             if empty and not existed:
                 break
         seat = empty[0]
-        (seat / SOCKET).unlink(missing_ok=True)
         (seat / TASK).write_text(json.dumps(task))
         yield seat, False
 
 
 def start_keeper(seat: Path, threads: int) -> None:
     """Starts a keeper that outlives this process. It listens at the seat's socket some seconds later."""
+    (seat / SOCKET).unlink(missing_ok=True)  # a keeper that was killed has left it behind
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     # torch's store asks the DNS for the name of whoever connects, and a group waits for that (torch 2.13).
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # Inductor's own processes would be threads of the keeper
     environment["RES_OPTIONS"] = "timeout:1 attempts:1"
+    environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS may add in another order each time
     log = (seat / LOG).open("ab")
     with log:
         subprocess.run(
@@ -192,6 +194,7 @@ class Keeper:
         self._agent: Lines | None = None
         self._coordinator: Lines | None = None
         self._where: Message = {}
+        self._notice: Message = {}
         self._child: Lines | None = None
         self._pid = self._pidfd = 0
         self._born_s = self._fork_at_s = 0.0
@@ -255,7 +258,8 @@ class Keeper:
                     self._hang_up()
                     self._connect()
             elif message["kind"] == "notice":
-                self._tell({**message, "seat": self._name})
+                self._notice = {**message, "seat": self._name}
+                self._tell(self._notice)
 
     # ------------------------------------------------------------------------------------------------- the coordinator
 
@@ -270,9 +274,12 @@ class Keeper:
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNANSWERED_MS)
         self._coordinator = Lines(connection)
         self._selector.register(self._coordinator, selectors.EVENT_READ, self._from_coordinator)
         self._tell({"kind": "hello", "token": self._where["token"], "seat": self._name, "pid": self._pid})
+        if self._notice:  # the coordinator before may not have heard it
+            self._tell(self._notice)
         if self._child:
             self._child.send({"kind": "introduce"})
 
@@ -402,8 +409,11 @@ def name_process(name: str) -> None:
 
 
 def _die_with(parent_pid: int) -> None:
-    """Ends this process with its parent, also where that is gone already."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    """Ends this process with its parent, also where that is gone already; what the parent starts may look at it."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # Where Yama lets parents alone look at a process, py-spy is the keeper's child and not the parent.
+    prctl(_PR_SET_PTRACER, ctypes.c_ulong(parent_pid), 0, 0, 0)
     if os.getppid() != parent_pid:
         os._exit(1)
 

@@ -143,6 +143,11 @@ class SlotSums:
                 self._tree[0, slot] = leaf.copy_(self.values)
             self.values.zero_()
 
+    def forget_scalar(self, index: int) -> None:
+        """Takes a scalar of the tail out of all that is held: what it counted no longer holds."""
+        for values in (self.values, *self._tree.values()):
+            values[len(self.gradients) + index] = 0.0
+
     def held(self) -> tuple[Node, ...]:
         """The nodes whose sums are here."""
         return nodes_of(self._slots)

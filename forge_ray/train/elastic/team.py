@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from forge_ray.train.elastic.group import Group, GroupLost, store_client
 from forge_ray.train.elastic.lines import Lines, Message
 from forge_ray.train.elastic.slots import Assignment, assign
 from forge_ray.train.guardian import Verdict
-from forge_ray.train.loop import Worker
+from forge_ray.train.loop import AGREED, Worker
 
 _BEAT_S = 1.0
+_PIECE = 1 << 22  # fp32 values that a source sends at a time, to all takers together: 16 MiB
 STORE_S = 20.0
 _NOTHING = [-1, -1]
 
@@ -201,33 +202,55 @@ class Team:
         """What this worker does from now on."""
         self._control.progress(phase)
 
+    @property
+    def stands(self) -> bool:
+        """Whether there is a group, as far as this worker has heard."""
+        return self._formed
+
+    @property
+    def trusted_step(self) -> int:
+        """Up to here the state was compared with that of others, or there was nobody to compare it with."""
+        return self._trusted_step
+
     def go_back(self, worker: Worker, verdict: Verdict) -> None:
         """Takes an earlier checkpoint on all workers, and leaves out batches."""
         judged = worker.guardian.state()
         if self.rank == 0:
             self._resume(worker, verdict)
+        self.progress("waiting")
         self._make_alike(worker, sources=[0])
+        self._trusted_step = min(self._trusted_step, worker.step)
         earlier = worker.guardian.state()
         worker.guardian.load(judged)
         worker.guardian.roll_back(verdict, worker.step, earlier)
         self._distrust(worker.step)
 
-    def compare(self, worker: Worker) -> None:
+    def compare(self, worker: Worker, sources: Sequence[int] = ()) -> None:
         """Compares the members' states bit by bit, by digest.
 
         If one differs, what it computed since the last comparison is in everybody's weights: it ends, and the others go
         back to a checkpoint from before that.
 
+        Args:
+            sources: Those from whom the others have just taken their state. Where they agree, what is stored is as
+                good as before: a taker that differs has computed nothing of it.
+
         Raises:
             Odd: This worker's differs from that of most, or there is no telling which is right.
             GroupLost: Another's does.
         """
-        digests = self.group.gather_json(guardian.digest(worker.state.buffer))
+        if self.group.size == 1:
+            self._trusted_step = worker.step
+            return
+        mine = guardian.digest(worker.state.buffer)
+        self.progress("waiting")
+        digests = self.group.gather_json(mine)
         odd = guardian.odd_ones(digests)
         if not odd:
             self._trusted_step = worker.step
             return
-        self._distrust(self._trusted_step)
+        if len({digests[rank] for rank in sources}) != 1:
+            self._distrust(self._trusted_step)
         if self.rank in odd:
             raise Odd(f"step {worker.step}: digest {digests[self.rank]:x} among {[f'{d:x}' for d in digests]}")
         worker.step = -1
@@ -235,7 +258,7 @@ class Team:
         raise GroupLost("the state of a member was not that of the others")
 
     def _is_digest_due(self, worker: Worker) -> bool:
-        return self.group.size > 1 and worker.step > 0 and worker.step % worker.config.digest_every_steps == 0
+        return worker.step > 0 and worker.step % worker.config.digest_every_steps == 0
 
     def _form(self, worker: Worker) -> Assignment:
         began_s = time.monotonic()
@@ -259,7 +282,8 @@ class Team:
         store = store_client(form["store"], self.generation, STORE_S, interrupted)
         self.group = Group.form(store, self.rank, form["size"], self._device, self._address, interrupted)
         formed_s = time.monotonic()
-        views = self._agree(worker, form)
+        views = self._agree(worker)
+        worker.sums.forget_scalar(AGREED)  # votes for a group that is not formed any more
         self._formed, self._step = True, worker.step
         self._control.status("in", self.generation, worker.step, members=self._members)
         now_s = time.monotonic()
@@ -278,45 +302,62 @@ class Team:
     def _fresh(self, worker: Worker) -> Assignment:
         return assign([()] * self.group.size, worker.config.slots, exact=worker.sums.exact)
 
-    def _agree(self, worker: Worker, form: Message) -> list[list[tuple[int, int]]]:
+    def _agree(self, worker: Worker) -> list[list[tuple[int, int]]]:
         """The same state on all members; what each holds of the step that follows."""
         progress = self.group.gather_json(_progress(worker))
-        if max(progress) == _NOTHING:
+        resuming = max(progress) == _NOTHING
+        if resuming:
             stored = self.group.gather_json(self._stored())
             if self.rank == stored.index(max(stored)):
                 self._resume(worker, None)
+            self.progress("waiting")
             progress = self.group.gather_json(_progress(worker))
         newest = max(progress)
         if min(progress) < newest:
-            self._make_alike(worker, sources=[rank for rank, own in enumerate(progress) if own == newest])
-            self.compare(worker)
+            sources = [rank for rank, own in enumerate(progress) if own == newest]
+            self._make_alike(worker, sources)
+            self.compare(worker, sources)
+        if resuming:
+            self._trusted_step = worker.step  # every byte of it was verified
         held = self.group.gather_json(worker.sums.held())
         return [[tuple(node) for node in nodes] for nodes in held]
 
     def _make_alike(self, worker: Worker, sources: list[int]) -> None:
-        """Gives everybody the state that the sources have; each of them sends an equal part to each who has not."""
+        """Gives everybody the state that the sources have; each of them sends an equal part to each who has not.
+
+        Cost: A source sends its part once to each taker. Memory: a taker holds the state twice, a source 16 MiB more.
+        """
         group, buffer = self.group, worker.state.buffer
         extra = group.gather_json(worker.extra() if self.rank == sources[0] else None)[sources[0]]
+        takers = [rank for rank in range(group.size) if rank not in sources]
+        if not takers:
+            return
         share = -(-buffer.numel() // len(sources))
-        parts = {rank: buffer[i * share : (i + 1) * share] for i, rank in enumerate(sources)}
-        takers = [rank for rank in range(group.size) if rank not in parts]
-        mine = parts.get(self.rank, buffer[:0])
-        counts = [len(mine) if rank in takers else 0 for rank in range(group.size)]
-        sent = mine if len(takers) == 1 else mine.repeat(len(takers))
+        begins = {rank: turn * share for turn, rank in enumerate(sources)}
         taking = self.rank in takers
-        # Not into the buffer itself: a call that a lost group leaves behind may still write.
-        out = torch.empty_like(buffer) if taking else buffer[:0]
-        group.all_to_all(
-            out,
-            sent if self.rank in parts else buffer[:0],
-            [len(parts[rank]) if rank in parts and taking else 0 for rank in range(group.size)],
-            counts,
-        )
+        # Not into the buffer itself: the group may be lost half way, and what is here is better than half of it.
+        fresh = torch.empty_like(buffer) if taking else buffer
+        step = max(1, _PIECE // len(takers))
+        for at in range(0, share, step):
+            length = min(step, share - at)
+            parts = {rank: fresh[begin + at : begin + at + length] for rank, begin in begins.items()}
+            mine = parts.get(self.rank, buffer[:0])
+            counts = [len(parts[rank]) if taking and rank in parts else 0 for rank in range(group.size)]
+            out = buffer.new_empty(sum(counts))  # a call that a lost group leaves behind may still write into it
+            group.all_to_all(
+                out,
+                mine.repeat(len(takers)) if len(takers) > 1 else mine,
+                counts,
+                [len(mine) if rank in takers else 0 for rank in range(group.size)],
+            )
+            if taking:
+                for part, got in zip(parts.values(), out.split([len(part) for part in parts.values()])):
+                    part.copy_(got)
         if taking:
-            buffer.copy_(out)
+            buffer.copy_(fresh)
             worker.take(extra)
 
 
 def _progress(worker: Worker) -> list[int]:
-    """How far a worker is: its step, and the batch it reads next, since a step may be tried on another one."""
-    return _NOTHING if worker.step < 0 else [worker.step, worker.position]
+    """How far a worker is: the batch it reads next, which alone tells that after a rollback, and its step."""
+    return _NOTHING if worker.step < 0 else [worker.position, worker.step]

@@ -63,13 +63,13 @@ class _Agent:
             self._start()
         while True:
             keeper = self._keeper = self._attach()
-            self._introduce(keeper)
+            introduced = self._introduce(keeper)
             while (messages := self._hear(keeper)) is not None:
                 if any(message["kind"] == "over" for message in messages):
                     self._show_log()
                     return
-                if any(message["kind"] == "unreachable" for message in messages):
-                    self._introduce(keeper)
+                if not introduced or any(message["kind"] == "unreachable" for message in messages):
+                    introduced = self._introduce(keeper)
             keeper.close()
             self._show_log()
             if self._ask("ended"):
@@ -110,12 +110,13 @@ class _Agent:
             do="memory and a full /tmp are the usual causes; Ray starts another agent",
         )
 
-    def _introduce(self, keeper: Lines) -> None:
-        """Tells the keeper where the coordinator is now."""
+    def _introduce(self, keeper: Lines) -> bool:
+        """Tells the keeper where the coordinator is now, if that is known."""
         found = self._ask("address")
         if found:
             address, token = found
             keeper.send({"kind": "attach", "coordinator": address, "token": token})
+        return bool(found)
 
     def _ask(self, method: str, *args: Any) -> Any:
         """What the coordinator answers; none while it is not there."""

@@ -81,7 +81,7 @@ class Checkpoints:
         self.workspace.storage.put_file(blob_name(entry.sha256), path, entry.sha256)
         return Stored(entry, new=True)
 
-    def commit(self, step: int, files: Sequence[Stored], begun_s: float, keep: int) -> Artifact:
+    def commit(self, step: int, files: Sequence[Stored], begun_s: float, keep: int, trusted_step: int = -1) -> Artifact:
         """Makes stored files the checkpoint of a step, and releases all but the newest `keep`.
 
         Args:
@@ -89,6 +89,8 @@ class Checkpoints:
             files: What it consists of.
             begun_s: Time since the epoch before the first of them was stored.
             keep: How many checkpoints stay.
+            trusted_step: The newest of no more steps than this stays too: where a worker's memory turns out to have
+                flipped a bit, all later ones are taken back.
         """
         made = {"new": [file.entry.name for file in files if file.new], "begun_s": int(begun_s)}
         manifest = Manifest(
@@ -99,7 +101,7 @@ class Checkpoints:
         )
         # Not `create`: a manifest that stands there is of a checkpoint that was passed over as damaged.
         self.workspace.storage.write(self._name(step), manifest.to_json())
-        self._release(keep)
+        self._release(keep, trusted_step)
         return Artifact(self.workspace, manifest)
 
     def drop_after(self, step: int) -> None:
@@ -153,14 +155,16 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------------------ releasing
 
-    def _release(self, keep: int) -> None:
+    def _release(self, keep: int, trusted_step: int) -> None:
         """Removes old manifests, then those of their blobs that nothing else refers to.
 
         Cost: reads this run's manifests and, of the others, those that are younger than what goes; all of them only
         where bytes go that were there before their checkpoint was.
         """
         steps = self.steps()
-        staying = {*steps[-keep:], max((step for step in steps if step <= self.pinned), default=-1)}
+        staying = set(steps[-keep:])
+        for most in (self.pinned, trusted_step):
+            staying.add(max((step for step in steps if step <= most), default=-1))
         going = [step for step in steps if step not in staying]
         if not going:
             return

@@ -130,6 +130,7 @@ class _Job:
     tiers: tuple[str, ...]
     state: bytes
     stall_s: float
+    trusted_step: int
     begun_s: float = field(default_factory=time.time)
 
 
@@ -192,7 +193,14 @@ class Saver:
         return tuple(tier for tier in self.tiers.tiers if now - self._taken_s[tier] >= self._every_s[tier])
 
     def snapshot(
-        self, step: int, state: State, extra: Mapping[str, Any], *, now: float | None = None, last: bool = False
+        self,
+        step: int,
+        state: State,
+        extra: Mapping[str, Any],
+        *,
+        trusted_step: int = -1,
+        now: float | None = None,
+        last: bool = False,
     ) -> tuple[str, ...]:
         """Copies the state and has it saved to the tiers that are due, to all after the last step at the full rate.
 
@@ -202,6 +210,7 @@ class Saver:
             step: Number of finished steps.
             state: Tensors of the same names and shapes each time.
             extra: What else is needed to go on, as JSON values.
+            trusted_step: See `Checkpoints.commit`.
             now: As for `due`.
             last: Waits for what is under way, then saves to every tier, due or not; `finish` awaits it.
         """
@@ -225,7 +234,7 @@ class Saver:
                 self._images[name] = Image(tensors)
             self._images[name].take(tensors)
         content = json.dumps({**extra, "step": step}).encode()
-        job = _Job(step, tiers, content, time.perf_counter() - began)
+        job = _Job(step, tiers, content, time.perf_counter() - began, trusted_step)
         for tier in tiers:
             self._taken_s[tier] = time.monotonic() if now is None else now
         self._image_free.clear()
@@ -290,7 +299,10 @@ class Saver:
             rest = checkpoints.put_bytes(STATE, job.state)
             if tier == STORE:
                 self._before_manifest()
-            checkpoints.commit(job.step, [*tensors, rest], job.begun_s, self._config.checkpoints_kept)
+            kept = self._config.checkpoints_kept
+            checkpoints.commit(job.step, [*tensors, rest], job.begun_s, kept, job.trusted_step)
+            if tier == DISK:
+                os.utime(checkpoints.workspace.uri)  # what lies below does not show in the folder's own time
             files = tensors
             size_bytes = sum(file.entry.size_bytes for file in [*files, rest])
             self._news.put(("saved", (tier, job.step, job.stall_s, time.monotonic() - began, size_bytes)))

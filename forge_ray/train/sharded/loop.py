@@ -235,7 +235,7 @@ class _Run:
         began_s, worker, config = time.monotonic(), self._worker, self._config
         self._watch.progress("computing")
         position = self._guardian.position(self._step)
-        loss, norm, votes = worker.compute(position, self._votes())
+        loss, norm, votes = worker.compute(position, self._votes(), self._watch.progress)
         verdict = self._guardian.judge(self._step, loss, norm)
         rate = rate_frac(self._step, config)
         if verdict.action != "apply":

@@ -19,7 +19,7 @@ Lines that no test executes without a GPU: in `form`, the branch for CUDA. All e
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -160,13 +160,18 @@ class ShardedWorker:
         for tensor in self.optimizer.tensors().values():
             tensor.zero_()
 
-    def compute(self, position: int, votes: Sequence[float] = ()) -> tuple[float, float, list[float]]:
+    def compute(
+        self, position: int, votes: Sequence[float] = (), progress: Callable[[str], None] = lambda phase: None
+    ) -> tuple[float, float, list[float]]:
         """Forward and backward over the slots of a position; the gradients wait for `commit` or `discard`.
 
         Gradients are scattered after every pass: a slot, or `at_once` of its sequences. Scattering once per step would
         keep a whole fp32 gradient on every worker, which is what did not fit; each pass gathers the blocks twice
         anyway, so it saves half the traffic at most. A worker with fewer passes than others goes through the same
         collective calls with two tokens of weight zero.
+
+        Args:
+            progress: Told before samples are awaited, and when they are there.
 
         Returns:
             Loss in nats per token, the norm of the gradient and the sum of the votes, the same on every worker.
@@ -183,7 +188,9 @@ class ShardedWorker:
             if i < len(mine):
                 slot, part = divmod(mine[i], parts)
                 asked_s = time.monotonic()
+                progress("data")
                 tokens = torch.from_numpy(self.loader.slot(position, slot))
+                progress("computing")
                 self.data_s += time.monotonic() - asked_s
                 self._backward(tokens[part * at_once : (part + 1) * at_once], 1.0 / count)
             else:

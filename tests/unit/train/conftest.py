@@ -63,6 +63,8 @@ class Silent:
 class Recorded(Alone):
     """A worker's team of itself, with the record and the checkpoints of a run."""
 
+    trusted_step, stands = -1, True
+
     def __init__(self, told: RunSpec, worker: Worker) -> None:
         super().__init__()
         self.record = Record(told, worker, Silent())

@@ -194,6 +194,46 @@ def test_who_was_left_behind_is_told_to_come_back() -> None:
     assert [(name, message["kind"]) for name, message in play.take()] == [("b", "rejoin")]
 
 
+def test_who_lost_its_group_unheard_is_taken_in_again() -> None:
+    play = Play().started("a", "b", "c")
+    play.rules.gone("b", play.now_s)  # its keeper's connection broke, and the others went on
+    assert play.obey(play.take()) == ["a", "c"]
+    play.rules.hello("b", next(play.pids), play.now_s)
+    play.status("b", "lost", 1, 3, members=["a", "b", "c"])  # said before it heard of anything
+    assert play.obey(play.wait(1.0)) == ["a", "c", "b"]
+
+
+def test_who_lost_its_group_when_the_run_was_over_is_told_to_end() -> None:
+    play = Play().started("a", "b", "c")
+    play.status("a", "done", 1, 9)
+    play.rules.died("b", play.rules.seats["b"].pid, "killed", play.now_s)
+    play.status("c", "lost", 1, 9)
+    assert {name for name, message in play.wait(1.0) if message["kind"] == "stop"} >= {"b", "c"}
+
+
+def test_unlike_seats_do_not_start_together() -> None:
+    play = Play()
+    play.ready("a", host_class="torch, avx2")
+    play.ready("b", "c")
+    assert play.obey(play.wait(1.0)) == ["b", "c"]
+    assert [row["seat"] for row in play.news if row["what"] == "refused"] == ["a"]
+    assert play.wait(5.0) == []
+
+
+def test_a_run_begins_anew_on_another_class_where_its_own_is_gone() -> None:
+    play = Play().started("a")
+    play.rules.gone("a", play.now_s)
+    play.take()
+    play.ready("d", "e", host_class="torch, avx2")
+    assert play.obey(play.wait(1.5)) == ["d", "e"]
+
+
+def test_neighbours_are_on_different_hosts_where_that_can_be() -> None:
+    play = Play(most=5)
+    play.ready("h/0", "h/1", "g/0", "g/1", "f/0")
+    assert play.obey(play.take()) == ["h/0", "g/0", "f/0", "h/1", "g/1"]
+
+
 def beat(play: Play, name: str, phase: str, age_s: float, slot_s: float = 0.1) -> None:
     pid = play.rules.seats[name].pid
     play.rules.beat(name, {"pid": pid, "phase": phase, "age_s": age_s, "slot_s": slot_s}, play.now_s)
@@ -237,6 +277,29 @@ def test_slow_slots_and_a_slow_store_are_no_hang() -> None:
         beat(play, "b", "data", second)
         play.wait(1.0)
     assert not [row for row in play.news if row["what"] == "hang"]
+
+
+@pytest.mark.parametrize("phase", ["loading", "saving"])
+def test_a_store_that_keeps_one_waiting_is_no_hang_of_anybody(phase: str) -> None:
+    play = Play(hang_s=45.0).started("a", "b")
+    for second in range(1, 300):
+        beat(play, "a", phase, second)
+        beat(play, "b", "computing", second)  # as a sharded worker that waits says
+        play.wait(1.0)
+    assert not [row for row in play.news if row["what"] == "hang"]
+
+
+def test_members_who_all_wait_for_each_other_meet_anew() -> None:
+    play = Play(hang_s=45.0).started("a", "b")
+    for second in range(1, 60):
+        for name in ("a", "b"):
+            beat(play, name, "waiting", second)
+        if forms := play.wait(1.0):
+            assert second >= 45
+            assert play.obey(forms) == ["a", "b"]
+            assert not forms[0][1]["voluntary"]
+            return
+    raise AssertionError("they wait for ever")
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -153,6 +153,19 @@ def test_gradients_are_aligned_views_and_add_takes_them_away() -> None:
     assert not any(parameter.grad.any() for parameter in parameters)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_scalar_that_holds_no_longer_is_taken_out_of_all_that_is_held(exact: bool) -> None:
+    computer = Computer(exact)
+    computer.add([0, 1, 4])
+    before = [values.clone() for values in (computer.sums.values, *computer.sums._tree.values())]
+    computer.sums.scalars[0] += 1.0
+    last = len(computer.sums.scalars) - 1
+    computer.sums.forget_scalar(last)
+    for values, was in zip((computer.sums.values, *computer.sums._tree.values()), before, strict=True):
+        assert float(values[-1]) == 0.0
+        assert torch.equal(values[: len(computer.sums.gradients)], was[: len(computer.sums.gradients)])
+
+
 def test_slots_of_one_node_need_a_buffer_for_each_level_and_use_them_again() -> None:
     length = 123_457
     sums = SlotSums(nn.Linear(1, length, bias=False), num_scalars=3)

@@ -78,6 +78,16 @@ def test_the_last_one_before_the_rate_fell_stays(workspace: Workspace) -> None:
     assert checkpoints.verified(4).read_json(STATE)["step"] == 4
 
 
+def test_the_newest_that_was_compared_with_others_stays(checkpoints: Checkpoints) -> None:
+    trusted = {2: 0, 4: 2, 6: 5, 8: 5, 10: 5}
+    for step, trusted_step in trusted.items():
+        files = [checkpoints.put_bytes(STATE, str(step).encode())]
+        checkpoints.commit(step, files, 0.0, keep=2, trusted_step=trusted_step)
+    assert checkpoints.steps() == [4, 8, 10]
+    checkpoints.drop_after(5)  # a bit was flipped after that
+    assert checkpoints.steps() == [4]
+
+
 def manifest_path(checkpoints: Checkpoints, step: int) -> Path:
     return Path(checkpoints.workspace.uri) / "runs" / checkpoints.run_id / "checkpoints" / f"{step:08d}.json"
 
