@@ -229,7 +229,7 @@ class Keeper:
             self._fork()
         if self._agent:
             self._orphan_since_s = now_s
-            if not self._coordinator:
+            if self._where and not self._coordinator:
                 self._connect()
         elif now_s - self._orphan_since_s > min(self._task["orphan_s"], inf if self._at_work else _IDLE_ORPHAN_S):
             print("nobody came for this seat: it ends", flush=True)
@@ -239,7 +239,7 @@ class Keeper:
 
     def _accept(self, listener: socket.socket) -> None:
         connection, _ = listener.accept()
-        agent = Lines(connection)
+        agent = self._agent = Lines(connection)
         self._selector.register(agent, selectors.EVENT_READ, lambda: self._from_agent(agent))
 
     def _from_agent(self, agent: Lines) -> None:
@@ -251,8 +251,6 @@ class Keeper:
             return
         for message in messages:
             if message["kind"] == "attach":
-                if self._agent is not agent:
-                    self._agent = agent
                 if message["coordinator"] != self._where.get("coordinator"):
                     self._where = message
                     self._hang_up()
