@@ -54,7 +54,7 @@ def precision_of(config: PretrainConfig) -> str:
     """`bf16`, `fp32` or `fp8`."""
     if config.precision != "auto":
         return config.precision
-    return "bf16" if config.gpus_per_worker or _cpu_has_bf16() else "fp32"
+    return "bf16" if config.gpus_per_worker or cpu_has_bf16() else "fp32"
 
 
 def run(
@@ -184,9 +184,7 @@ def _extended(
             "order, so that some documents may come again and others late"
         )
     if chosen.get("compiled", frozen["compiled"]) != frozen["compiled"]:
-        say(
-            f"  {config.extends} was {'' if chosen['compiled'] else 'not '}compiled: a longer run's bits would be others"
-        )
+        say(f"  {config.extends} was {'' if chosen['compiled'] else 'not '}compiled: the longer run's bits are others")
     if state["step"] > config.stable_steps:
         raise ConfigError(
             "the run to extend is longer than this one's part at the full rate",
@@ -430,7 +428,7 @@ def _metrics(spec: RunSpec, state: dict[str, Any], curve: dict[str, list[Any]]) 
     }
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Whether this machine's CPU multiplies bf16 natively; without it bf16 is slower than fp32."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as table:

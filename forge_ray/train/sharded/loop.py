@@ -119,9 +119,9 @@ _OF_LOSS = ("gloo", "nccl", "pair closure", "connect", "socket", "broken pipe", 
 def tells_of_loss(error: RuntimeError) -> bool:
     """Whether an error says that a member is gone, and not that this process computes something wrong or too large.
 
-    A worker that ends with its group is forked again for as long as it takes; one that dies of its own error is counted,
-    and the run ends with that error when they die again and again without a step. The words are broad: in doubt it is a
-    loss. A loss in other words costs a counted death, which the next step forgets.
+    A worker that ends with its group is forked again for as long as it takes; one that dies of its own error is
+    counted, and the run ends with that error when they die again and again without a step. The words are broad: in
+    doubt it is a loss. A loss in other words costs a counted death, which the next step forgets.
     """
     if isinstance(error, dist.DistError):
         return True
