@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -259,6 +260,20 @@ def test_what_does_not_decide_the_steps_of_a_run_may_differ_where_it_extends_ano
     _, rest = published(steps=14, extends=short.ref, **others)
     assert [record.step for record in rest] == list(range(7, 15))
     assert "another corpus" not in capsys.readouterr().err
+
+
+def test_another_corpus_and_another_way_to_compute_are_said_where_a_run_extends_another(
+    published: Callable[..., Any], spec: Callable[..., RunSpec], capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, _ = published(steps=4, decay_frac=0.5)
+    told = spec(steps=8, extends=short.ref)
+    grown = told.workspace.publish(replace(told.workspace.get(told.shards_ref).manifest, fingerprint="2" * 16))
+    frozen = {"precision": "fp32", "compiled": True}
+    capsys.readouterr()
+    assert pretrain._extended(told.config, told.model, grown, told.workspace, frozen) == 2
+    said = capsys.readouterr().err
+    assert f"{short.ref} has read another corpus: from step 2 on" in said
+    assert f"{short.ref} was not compiled" in said
 
 
 def test_a_run_whose_last_checkpoint_is_damaged_trains_on(
