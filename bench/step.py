@@ -2,8 +2,9 @@
 in the same minutes.
 
 Every side is a process (or one for each worker) that takes a step when it is told to: forward, backward, clipping and
-AdamW over the same number of tokens, bf16 products over fp32 weights. Ours is the step that `forge pretrain` takes,
-with its document boundaries, exact sums and guardian. Peers run as their own recipes run them: Hugging Face, LitGPT and
+AdamW over the same number of tokens, products over fp32 weights in the precision that `forge pretrain` takes here: bf16
+where the CPU multiplies it natively, else fp32. Ours is the step that `forge pretrain` takes, with its document
+boundaries, exact sums and guardian. Peers run as their own recipes run them: Hugging Face, LitGPT and
 torchtitan compute the same model (Qwen3), nanoGPT and nanochat their own shape at the same width and depth. Each is
 tried compiled and not, with micro-batches of about 1,024 and 4,096 tokens, and its best setting counts.
 
@@ -12,7 +13,7 @@ and those of attention without regard to its mask, as PaLM, nanoGPT and torchtit
 appendix B), so that another shape's smaller model is no advantage; for the same model that is tokens/s. `share_causal`
 counts half of attention. `value` is ours over the best peer's, 1 worker, 10 M parameters, T = 512: the median of rounds
 in which all take turns. One worker is timed in CPU seconds of its one thread, two by the clock. The peak that shares
-are told of is the best of several bf16 matrix products, measured in each round.
+are told of is the best of several matrix products in that precision, measured in each round.
 
     python bench/step.py --peer PYTHON --nanogpt FOLDER --nanochat FOLDER      all cells; about two hours
     python bench/step.py --quick ...                                           10 M, T = 512, 1 worker; 15 minutes
@@ -69,6 +70,11 @@ def shape(size: str) -> Any:
     return json.loads(os.environ["BENCH_SHAPE"])[size]
 
 
+def bf16() -> bool:
+    """Whether all sides, and the peak, compute in bf16; the driver says."""
+    return os.environ["BENCH_PRECISION"] == "bf16"
+
+
 def texts(setting: Setting, rank: int) -> Any:
     """Random tokens of documents of some hundreds of tokens: sequences of a step for this worker, (N, T + 1)."""
     import numpy as np
@@ -115,7 +121,7 @@ def ours(setting: Setting, rank: int, address: str) -> Callable[[], float]:
         Optimizer(model, config.optimizer),
         Loader(),
         END,
-        True,
+        bf16(),
         Guardian(config.guard),
         step=0,
         compiled=setting.compiled,
@@ -154,7 +160,8 @@ def peer(setting: Setting, rank: int, address: str) -> Callable[[], float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     rows = torch.from_numpy(texts(setting, rank))
     parts = rows.split(setting.micro)
-    mixed = contextlib.nullcontext if setting.side == "nanochat" else lambda: torch.autocast("cpu", torch.bfloat16)
+    autocast = bf16() and setting.side != "nanochat"  # which casts by itself
+    mixed = (lambda: torch.autocast("cpu", torch.bfloat16)) if autocast else contextlib.nullcontext
 
     def step() -> float:
         total = 0.0
@@ -247,7 +254,7 @@ def _nanogpt(shape: Any, seq_len: int) -> Any:
 
 
 def _nanochat(shape: Any, seq_len: int) -> Any:
-    os.environ["NANOCHAT_DTYPE"] = "bfloat16"
+    os.environ["NANOCHAT_DTYPE"] = "bfloat16" if bf16() else "float32"
     sys.path.insert(0, os.environ["BENCH_NANOCHAT"])
     from nanochat.gpt import GPT, GPTConfig
 
@@ -326,11 +333,12 @@ def profile(step: Callable[[], float]) -> Row:
 
 
 def peak() -> Callable[[], float]:
-    """bf16 products that fit the caches; gives the best rate, in operations per CPU second."""
+    """Products that fit the caches; gives the best rate, in operations per CPU second."""
     import torch
 
+    dtype = torch.bfloat16 if bf16() else torch.float32
     shapes = ((512, 512, 2048), (1024, 1024, 1024), (1024, 512, 4096), (2048, 2048, 2048))
-    pairs = [(torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()) for m, k, n in shapes]
+    pairs = [(torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)) for m, k, n in shapes]
 
     def rate(left: Any, right: Any) -> float:
         operations, began_s, count = 2.0 * left.shape[0] * left.shape[1] * right.shape[1], time.process_time(), 0
@@ -525,8 +533,10 @@ def main() -> None:
     pythons = {name: python for name, python in pythons.items() if not options.sides or name in (OURS, *options.sides)}
 
     sys.path.insert(0, str(ROOT))
-    from forge_ray.config.train import shape_of
+    from forge_ray.config.train import PretrainConfig, shape_of
+    from forge_ray.train.pretrain import precision_of
 
+    os.environ["BENCH_PRECISION"] = precision_of(PretrainConfig())
     os.environ["BENCH_SHAPE"] = json.dumps({size: shape_of(depth) for size, depth in DEPTHS.items()})
     rows = [measure(*cell, pythons, options.rounds) for cell in cells(options)]
     goal = next((row for row in rows if (row["size"], row["seq_len"], row["workers"]) == ("10M", 512, 1)), None)
@@ -535,6 +545,7 @@ def main() -> None:
         json.dumps(
             {
                 "name": "step",
+                "precision": os.environ["BENCH_PRECISION"],
                 "value": goal and goal["ratio"],
                 "goal": GOAL,
                 "met": bool(

@@ -326,7 +326,8 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> ConfigError:
     for item in error.errors():
         dotted = ".".join(_without_tags([str(part) for part in item["loc"]]))
         message = item["msg"].removeprefix("Value error, ")
-        named = [f"{dotted}.{word}" for word in message.split() if f"{dotted}.{word}" in origins]
+        words = [f"{dotted}.{word}".removeprefix(".") for word in message.split()]
+        named = [name for name in words if name in origins]
         origin = ", ".join(dict.fromkeys(origins[name] for name in named) or _all_origins(origins, dotted))
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(dotted, [row[0] for row in reference()], n=1)

@@ -23,7 +23,7 @@ _LABELS = {
     "bigram": "bigram, same tokens",
     "gzip": "gzip -9",
     "zstd": "zstd -19",
-    "smollm2": "SmolLM2-135M-Instruct (4-bit), 1,024-token windows",
+    "smollm2": "SmolLM2-135M-Instruct (4-bit)",
 }
 
 
@@ -101,9 +101,13 @@ def _program() -> str:
 
 def _learned(evaluated: Mapping[str, Any]) -> str:
     scores = sorted(evaluated["bits_per_byte"].items(), key=lambda item: item[1])
-    width = max(len(_LABELS[name]) for name, _ in scores)
-    rows = [f"  {_LABELS[name]:<{width}}  {bits:.3f}{'   <-' if name == 'model' else ''}" for name, bits in scores]
-    rows += [f"  {_LABELS[name]:<{width}}  {note}" for name, note in evaluated["skipped"].items()]
+    labels = dict(_LABELS)
+    theirs = evaluated.get("smollm2_context_tokens", evaluated["context_tokens"])
+    if theirs != evaluated["context_tokens"]:
+        labels["smollm2"] += f", {theirs:,}-token windows"
+    width = max(len(labels[name]) for name, _ in scores)
+    rows = [f"  {labels[name]:<{width}}  {bits:.3f}{'   <-' if name == 'model' else ''}" for name, bits in scores]
+    rows += [f"  {labels[name]:<{width}}  {note}" for name, note in evaluated["skipped"].items()]
     head = (
         f"Bits per byte on {format_bytes(evaluated['heldout_bytes'])} of held-out documents, "
         f"{evaluated['context_tokens']}-token windows (less is better)"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from forge_ray.config.base import OPERATIONAL, Fraction, Positive, Section
 from forge_ray.config.data import (
@@ -172,3 +172,15 @@ class ForgeConfig(Section):
     """The Hugging Face folder."""
     serve: Annotated[ServeConfig, OPERATIONAL] = ServeConfig()
     """The endpoint."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ForgeConfig:
+        if self.pretrain.precision == "fp8":
+            sides = ("d_model",) if self.model.num_experts else ("d_model", "d_ff")  # experts stay bf16
+            for name in sides:
+                if (side := getattr(self.model, name)) % 16:
+                    raise ValueError(
+                        f"pretrain.precision fp8 wants model.{name} to be a multiple of 16, got {side}: take "
+                        f"{side + -side % 16}, or precision bf16"
+                    )
+        return self

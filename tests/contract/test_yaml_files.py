@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from forge_ray import settings
+from forge_ray.model.arithmetic import num_parameters, train_flops_per_token
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").glob("**/*.y*ml"))
@@ -29,6 +30,19 @@ def test_a_job_resolves_and_names_its_documents(path: Path) -> None:
     resolved = settings.resolve([path], (), {})
     assert resolved.config.ingest.sources
     assert {origin for _, _, origin in resolved.rows()} == {"default", str(path)}
+
+
+def test_the_comparison_with_a_general_model_costs_what_its_header_says() -> None:
+    path = ROOT / "jobs" / "cloud_ops.yaml"
+    text, config = path.read_text(), settings.resolve([path], (), {}).config
+    model, pretrain, vocab_size = config.model, config.pretrain, config.tokenizer.vocab_size
+    per_token = train_flops_per_token(model, vocab_size, pretrain.seq_len)
+    tokens = pretrain.steps * pretrain.slots * pretrain.micro_batch * pretrain.seq_len
+    flops = per_token * tokens
+    assert f"{num_parameters(model, vocab_size):,} parameters" in text
+    assert num_parameters(model, vocab_size) <= 10_000_000
+    assert f"{tokens / 1e6:.1f} million tokens of {per_token / 1e6:.1f} MFLOP, {flops / 1e12:.0f} TFLOP" in text
+    assert f"{flops / 48e9 / 60:.0f} minutes, and" in text
 
 
 def _launcher_accepts(cluster: dict[str, Any]) -> None:

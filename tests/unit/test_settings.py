@@ -366,6 +366,20 @@ def test_every_field_is_documented_and_says_whether_it_is_operational() -> None:
     assert "(operational)" not in rows["pretrain.steps"]
 
 
+def test_fp8_refuses_widths_that_its_products_cannot_have(write_yaml: WriteYaml) -> None:
+    path = write_yaml("model: {d_ff: 200}")
+    fp8 = ("--pretrain.precision=fp8", "--pretrain.gpus_per_worker=1")
+    text = _refused([path], fp8)
+    assert (
+        f"model.d_ff to be a multiple of 16, got 200: take 208, or precision bf16 [--pretrain.precision, {path}]"
+        in text
+    )
+    assert "model.d_model to be a multiple of 16, got 100: take 112" in _refused([], (*fp8, "--model.d_model=100"))
+    experts = ("--model.num_experts=4", "--model.expert_d_ff=100")  # which stay bf16
+    assert resolve([path], (*fp8, *experts), {}).config.model.expert_width == 100
+    assert resolve([path], ("--pretrain.precision=bf16",), {}).config.model.d_ff == 200
+
+
 def test_a_key_of_a_mapping_can_be_set_by_yaml_and_by_flag(write_yaml: WriteYaml) -> None:
     path = write_yaml("pretrain: {mixture: {weights: {aws: 2.0, kernel: 1.0}}}")
     resolved = resolve([path], ["--pretrain.mixture.weights.aws=3"], {})

@@ -50,3 +50,17 @@ def test_next_serves_the_export_and_shows_the_last_artifact(installed: Path, tmp
     assert "  | Ask: answer" in text
     del outcomes["export"]
     assert "forge serve" not in summary.as_text(outcomes, workspace.uri)
+
+
+@pytest.mark.parametrize(("context", "label"), [(256, "(4-bit)  0.8"), (1024, "(4-bit), 1,024-token windows  0.8")])
+def test_a_general_model_that_sees_another_length_says_so(tmp_path: Path, context: int, label: str) -> None:
+    metrics = {
+        "bits_per_byte": {"model": 0.9, "smollm2": 0.8},
+        "skipped": {},
+        "heldout_bytes": 1000,
+        "heldout_seen_frac": 0.0,
+        "context_tokens": 256,
+        "smollm2_context_tokens": context,
+        "samples": [],
+    }
+    assert f"SmolLM2-135M-Instruct {label}" in summary._learned(metrics)

@@ -95,6 +95,7 @@ def run(spec: RunSpec, place: Place, watch: Watch, extra: dict[str, Any], *, cop
 
     Raises:
         GroupLost: A member is gone. This process should end: threads and connections of the group may be stuck.
+        RuntimeError: This process cannot compute a step. It should end too, and with it the group.
         TrainError: The guardian stops the run.
     """
     loader = SlotLoader.of(spec.config, spec.workspace.get(spec.shards_ref))
@@ -104,9 +105,30 @@ def run(spec: RunSpec, place: Place, watch: Watch, extra: dict[str, Any], *, cop
         dist.destroy_process_group()
         return done
     except RuntimeError as error:  # what torch raises, from wherever in a step it finds out
+        if not tells_of_loss(error):
+            raise
         raise GroupLost(str(error).split("\n")[0]) from error
     finally:
         loader.reader.close()
+
+
+# Of gloo, NCCL and torch's stores. gloo's errors are plain RuntimeErrors, most of them with the path of its source.
+_OF_LOSS = ("gloo", "nccl", "pair closure", "connect", "socket", "broken pipe", "timeout", "timed out", "peer", "store")
+
+
+def tells_of_loss(error: RuntimeError) -> bool:
+    """Whether an error says that a member is gone, and not that this process computes something wrong or too large.
+
+    A worker that ends with its group is forked again for as long as it takes; one that dies of its own error is
+    counted, and the run ends with that error when they die again and again without a step. The words are broad: in
+    doubt it is a loss. A loss in other words costs a counted death, which the next step forgets.
+    """
+    if isinstance(error, dist.DistError):
+        return True
+    if isinstance(error, (NotImplementedError, RecursionError, torch.OutOfMemoryError)):
+        return False
+    text = str(error).lower()
+    return any(words in text for words in _OF_LOSS)
 
 
 class _Run:

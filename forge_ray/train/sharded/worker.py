@@ -35,7 +35,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from forge_ray.config import AdamWConfig, ModelConfig, MuonConfig, PretrainConfig
 from forge_ray.data.loader import SlotLoader
 from forge_ray.errors import TrainError
-from forge_ray.model.transformer import Transformer, rotary_tables
+from forge_ray.model.transformer import Experts, Transformer, rotary_tables
 from forge_ray.train.elastic.group import Group, GroupLost
 from forge_ray.train.loop import learn
 from forge_ray.train.optimizer import Optimizer, ahead, move, orthogonalised, rate_frac
@@ -365,7 +365,8 @@ def _shard(
 
     Blocks gather their matrices in the precision in which they compute: with fp32 matrices under autocast, autograd
     would keep a bf16 copy of every gathered matrix until the backward pass, and so the whole model. The embedding and
-    the head are fp32, because the residual stream is and because the loss casts the head by itself.
+    the head are fp32, because the residual stream is and because the loss casts the head by itself; so is a router,
+    which chooses experts as in replicated training.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     with torch.device("meta"):
@@ -375,8 +376,11 @@ def _shard(
     compute = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    routers = []
     for block in model.blocks:
         block.to_empty(device=device)
+        if isinstance(block.mlp, Experts):
+            routers.append(fully_shard(block.mlp.router, mesh=mesh))
         fully_shard(block, mesh=mesh, mp_policy=compute, ignored_params={p for p in block.parameters() if p.ndim == 1})
     for module in (model.embedding, model.norm, model.head):
         module.to_empty(device=device)
@@ -384,7 +388,7 @@ def _shard(
         model.head.weight = model.embedding.weight
     fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.ndim == 1})
     register_fsdp_forward_method(model, "hidden")
-    for module in (model, *model.blocks):
+    for module in (model, *model.blocks, *routers):
         # The sum over slots is what counts, not the mean over workers; gloo has no other operation.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from forge_ray.evaluate import baselines
-from forge_ray.evaluate.baselines import Bigram, gzip_bits, zstd_bits
+from forge_ray.evaluate.baselines import Bigram, causal_bits, gzip_bits, zstd_bits
 
 VOCAB = 30
 
@@ -79,3 +82,39 @@ def test_compressors_find_repetition_and_do_not_shrink_noise(bits: object) -> No
     assert bits([noise]) > 4000 * 4  # sixteen equally likely letters: four bits each, at the least
     assert bits([noise] * 2) < 1.2 * bits([noise])
     assert bits(texts()) < 0.4 * 8 * len("".join(texts()).encode())
+
+
+class Fixed:
+    """A model of transformers that gives its next token by its last one alone, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.logits = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(0))
+        self.lengths: list[int] = []
+        self.bf16: set[bool] = set()
+
+    def __call__(self, ids: torch.Tensor) -> SimpleNamespace:
+        self.lengths.append(ids.shape[1])
+        self.bf16.add(torch.is_autocast_enabled("cpu"))
+        return SimpleNamespace(logits=self.logits[ids])
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    bos_token_id, eos_token_id = None, 0
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) - ord("a") + 1 for letter in text]}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("context", [4, 16, 64])
+def test_a_general_model_sees_no_more_than_its_context_and_pays_for_every_token(context: int, bf16: bool) -> None:
+    model, texts = Fixed(), ["abcdefghijklmnopqrstuvwxyz" * 3, "za", ""]
+    found = causal_bits(model, Letters(), texts, context, bf16=bf16)
+    logs = model.logits.log_softmax(1)
+    ids = [[0, *Letters()(text, False)["input_ids"]] for text in texts]
+    wanted = -sum(float(logs[a, b]) for row in ids for a, b in itertools.pairwise(row)) / math.log(2)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert max(model.lengths) == context
+    assert model.bf16 == {bf16}

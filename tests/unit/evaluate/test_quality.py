@@ -220,6 +220,16 @@ def test_a_comparator_that_is_not_installed_is_named_and_the_others_are_scored(
     assert "smollm2 is left out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("config", "wanted"), [({}, CONTEXT), ({"smollm2_context": 1024}, 1024)])
+def test_a_general_model_gets_the_context_of_ours_unless_it_is_given_another(
+    inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], wanted: int
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(baselines, "smollm2_bits", lambda texts, context: asked.append(context) or 8.0)
+    metrics = evaluated(inputs, monkeypatch, baselines=("smollm2",), **config)
+    assert asked == [metrics["smollm2_context_tokens"]] == [wanted]
+
+
 def test_bigrams_are_counted_in_a_fair_draw_of_bounded_size(
     inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:

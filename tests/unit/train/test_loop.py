@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -200,11 +201,13 @@ def published(
 
         monkeypatch.setattr(pretrain, "_train", train)
         shards = told.workspace.get(told.shards_ref)
-        frozen = {"precision": "fp32", "compiled": False}
+        frozen = {"precision": told.precision, "compiled": False}
         files, metrics = pretrain.run(told.model, told.config, shards, told.workspace, run_id=name, frozen=frozen)
         config = {"model": told.model.model_dump(mode="json"), "pretrain": told.config.model_dump(mode="json")}
         inputs = {"tokenize": told.shards_ref.partition("/")[2]}
-        manifest = Manifest("pretrain", name, tuple(files), config=config, inputs=inputs, metrics=metrics)
+        manifest = Manifest(
+            "pretrain", name, tuple(files), config=config, inputs=inputs, metrics=metrics, frozen=frozen
+        )
         return told.workspace.publish(manifest), records
 
     return make
@@ -224,7 +227,19 @@ def test_a_run_that_extends_another_is_the_longer_run_bit_for_bit(published: Cal
     [
         ({"steps": 12}, "set pretrain.steps to 15 or more"),
         ({"optimizer": MUON}, "adamw in"),
-        ({"model": {"d_ff": 32}}, "same model"),
+        ({"optimizer": {**ADAMW, "learning_rate": 1e-3}}, "same pretrain.optimizer.learning_rate"),
+        ({"optimizer": {**ADAMW, "weight_decay": 0.0}}, "pretrain.optimizer.weight_decay 0.0 here, 0.1 in pretrain/"),
+        ({"model": {"d_ff": 32}}, "same model.d_ff"),
+        ({"slots": 4}, "same pretrain.slots"),
+        ({"micro_batch": 2}, "same pretrain.micro_batch"),
+        ({"seq_len": 16}, "same pretrain.seq_len"),
+        ({"seed": 1, "slots": 4}, "pretrain.slots 4 here"),
+        ({"seed": 1, "slots": 4}, "; pretrain.slots"),
+        ({"mixture": {"weights": {"made": 1.0}}}, "same pretrain.mixture.weights.made"),
+        ({"window_bytes": 1 << 20}, "same pretrain.window_bytes"),
+        ({"grad_clip": 0.5}, "same pretrain.grad_clip"),
+        ({"reduction": "fast"}, "same pretrain.reduction"),
+        ({"precision": "bf16"}, "same pretrain.precision"),
         ({"extends": "pretrain/0123456789abcdef"}, "0123456789abcdef"),
     ],
 )
@@ -235,6 +250,30 @@ def test_a_run_that_cannot_be_extended_says_why(
     with pytest.raises(ForgeError) as caught:
         published(**{"steps": 40, "decay_frac": 0.4, "extends": short.ref, **options})
     assert told in str(caught.value.as_dict())
+
+
+def test_what_does_not_decide_the_steps_of_a_run_may_differ_where_it_extends_another(
+    published: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, _ = published(steps=10, warmup_frac=0.2, decay_frac=0.4)
+    others = {"decay_frac": 0.2, "checkpoint_every_s": 1.0, "guard": {"max_skips": 1}, "mixture": {"max_epochs": 30.0}}
+    _, rest = published(steps=14, extends=short.ref, **others)
+    assert [record.step for record in rest] == list(range(7, 15))
+    assert "another corpus" not in capsys.readouterr().err
+
+
+def test_another_corpus_and_another_way_to_compute_are_said_where_a_run_extends_another(
+    published: Callable[..., Any], spec: Callable[..., RunSpec], capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, _ = published(steps=4, decay_frac=0.5)
+    told = spec(steps=8, extends=short.ref)
+    grown = told.workspace.publish(replace(told.workspace.get(told.shards_ref).manifest, fingerprint="2" * 16))
+    frozen = {"precision": "fp32", "compiled": True}
+    capsys.readouterr()
+    assert pretrain._extended(told.config, told.model, grown, told.workspace, frozen) == 2
+    said = capsys.readouterr().err
+    assert f"{short.ref} has read another corpus: from step 2 on" in said
+    assert f"{short.ref} was not compiled" in said
 
 
 def test_a_run_whose_last_checkpoint_is_damaged_trains_on(

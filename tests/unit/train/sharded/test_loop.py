@@ -85,6 +85,8 @@ class Runs:
                 told.result = "left"
             except (GroupLost, StorageError) as error:
                 told.result = type(error).__name__
+            except RuntimeError as error:
+                told.result = f"RuntimeError: {error}"
             return told
 
         logs = in_processes(len(seats), member)
@@ -185,6 +187,42 @@ def test_a_run_whose_memory_is_gone_goes_on_from_the_newest_checkpoint_that_veri
     assert steps_of(log)[-1] == newest + 1  # a wish takes a step to be known to all
     for step in range(older + 1, newest + 1):
         assert rough.curve[step] == pytest.approx(before[step], rel=1e-4)
+
+
+def test_a_worker_that_cannot_compute_dies_of_its_own_error_and_the_others_of_its_loss(
+    runs: Callable[..., Runs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = ShardedWorker.compute
+
+    def wrong(self: ShardedWorker, position: int, votes: Any) -> tuple[float, float, list[float]]:
+        if position == 2 and self.rank == 1:
+            torch.ones(2) @ torch.ones(3)
+        return compute(self, position, votes)
+
+    monkeypatch.setattr(ShardedWorker, "compute", wrong)
+    logs = runs().group([0, 1, 2])
+    assert [log.result.partition(":")[0] for log in logs] == ["GroupLost", "RuntimeError", "GroupLost"]
+    assert "size" in logs[1].result
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1"), True),
+        (RuntimeError("[x/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (dist.DistBackendError("anything"), True),
+        (dist.DistNetworkError("anything"), True),
+        (RuntimeError("NCCL communicator was aborted on rank 1."), True),
+        (RuntimeError("expected m1 and m2 to have the same dtype, but got: float != c10::BFloat16"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"), False),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB; see the store"), False),
+        (NotImplementedError("gloo"), False),
+    ],
+)
+def test_a_lost_peer_is_told_from_an_error_of_ones_own(error: RuntimeError, lost: bool) -> None:
+    assert sharded_loop.tells_of_loss(error) is lost
 
 
 def test_what_the_guardian_decides_is_done_on_all_workers(runs: Callable[..., Runs]) -> None:

