@@ -54,6 +54,22 @@ def state_bytes(model: ModelConfig, vocab_size: int, *, muon: bool) -> int:
     return (4 * 4 + 2) * everything - (4 * block_parameters(model) if muon else 0)
 
 
+def sums_bytes(model: ModelConfig, vocab_size: int, slots: int, workers: int, *, exact: bool) -> int:
+    """Memory for sums of slots' gradients, beside the gradient of the slot under way (`elastic/slots.py`)."""
+    return 4 * num_parameters(model, vocab_size) * num_sums(slots, workers, exact=exact)
+
+
+def num_sums(slots: int, workers: int, *, exact: bool) -> int:
+    """Sums of slots' gradients that a worker holds at a time, at most.
+
+    Exact: one for each level of the tree over the worker's own slots. Fast: the copy that is sent to the others. Not
+    counted: in exact mode, what a worker holds more for the rest of a step in which another was lost.
+    """
+    if not exact:
+        return min(1, workers - 1)
+    return max(1, (-(-slots // workers) - 1).bit_length())
+
+
 def activation_bytes(
     model: ModelConfig,
     seq_len: int,

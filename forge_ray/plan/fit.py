@@ -18,6 +18,7 @@ from forge_ray.model.arithmetic import (
     block_parameters,
     num_parameters,
     state_bytes,
+    sums_bytes,
     train_flops_per_token,
 )
 
@@ -69,8 +70,9 @@ class Run:
     def known_bytes(self) -> float:
         """The tensors that are known of: state, sums of gradients, a micro-batch's activations."""
         muon = self.config.optimizer.kind == "muon"
-        sums = 2 * 4 * num_parameters(self.model, self.vocab_size)
-        held = state_bytes(self.model, self.vocab_size, muon=muon) + sums
+        exact = self.config.reduction == "exact"
+        held = state_bytes(self.model, self.vocab_size, muon=muon)
+        held += sums_bytes(self.model, self.vocab_size, self.config.slots, self.workers, exact=exact)
         return held + activation_bytes(
             self.model,
             self.config.seq_len,

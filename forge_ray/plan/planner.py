@@ -21,6 +21,7 @@ from forge_ray.model.arithmetic import (
     activation_bytes,
     num_parameters,
     state_bytes,
+    sums_bytes,
     train_flops_per_token,
 )
 from forge_ray.plan.law import Law, best_batch_tokens
@@ -262,29 +263,37 @@ def _layout(case: _Case, model: ModelConfig, chip: Chip, machine: Machine, token
     usable = chip.memory_gib * 2**30 * _USABLE_FRAC
     vocab_size = case.config.tokenizer.vocab_size
     state = state_bytes(model, vocab_size, muon=training.optimizer.kind == "muon")
-    sums = 2 * 4 * num_parameters(model, vocab_size)
     one = activation_bytes(model, training.seq_len, 1, cpu=machine.chip == CORE)
-    ways = [("replicated", "exact", state + sums), ("replicated", "fast", state), ("fsdp", "fast", state / workers)]
-    sharding, reduction, held = next((way for way in ways if way[2] + one <= usable), ways[-1])
-    if held + one > usable:
-        return (
-            f"more than {workers} x {chip.memory_gib:g} GiB: a model of depth {model.depth} needs "
-            f"{(held + one) / 2**30:,.0f} GiB on each of them"
-        )
     sequences = max(workers, best_batch_tokens(tokens) / training.seq_len)
-    slots = 2 ** math.ceil(math.log2(workers))
-    fitting = int((usable - held) / one)
-    micro_batch = 2 ** max(0, math.floor(math.log2(max(1, min(fitting, sequences / slots)))))
-    while slots * micro_batch * 2 <= sequences:
-        slots *= 2
-    return {
-        "workers": workers,
-        "slots": slots,
-        "micro_batch": micro_batch,
-        "sharding": sharding,
-        "reduction": reduction,
-        "memory_gib": (held + micro_batch * one) / 2**30,
-    }
+    fewest, least = 2 ** math.ceil(math.log2(workers)), math.inf
+    largest = 2 ** max(0, math.floor(math.log2(sequences / fewest)))
+    for sharding, reduction in (("replicated", "exact"), ("replicated", "fast"), ("fsdp", "fast")):
+        # The smaller the micro-batch, the more slots and in exact mode the more sums: only both together fit or do not.
+        for micro_batch in (largest >> k for k in range(largest.bit_length())):
+            slots = fewest * 2 ** max(0, math.floor(math.log2(sequences / (fewest * micro_batch))))
+            if sharding == "fsdp":
+                held = state / workers
+            else:
+                held = state + sums_bytes(model, vocab_size, slots, _fewest(workers), exact=reduction == "exact")
+            if held + micro_batch * one <= usable:
+                return {
+                    "workers": workers,
+                    "slots": slots,
+                    "micro_batch": micro_batch,
+                    "sharding": sharding,
+                    "reduction": reduction,
+                    "memory_gib": (held + micro_batch * one) / 2**30,
+                }
+            least = min(least, held + micro_batch * one)
+    return (
+        f"more than {workers} x {chip.memory_gib:g} GiB: a model of depth {model.depth} needs "
+        f"{least / 2**30:,.0f} GiB on each of them"
+    )
+
+
+def _fewest(workers: int) -> int:
+    """With how many a run goes on when others are taken away: each of them then holds more sums."""
+    return max(1, workers // 2)
 
 
 def _serving(case: _Case, model: ModelConfig) -> Serving | str:

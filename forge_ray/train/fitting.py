@@ -18,7 +18,7 @@ import psutil
 
 from forge_ray.config import ModelConfig, PretrainConfig
 from forge_ray.errors import TrainError
-from forge_ray.model.arithmetic import activation_bytes, num_parameters, state_bytes
+from forge_ray.model.arithmetic import activation_bytes, state_bytes, sums_bytes
 from forge_ray.telemetry import format_bytes
 
 if TYPE_CHECKING:
@@ -46,7 +46,11 @@ def ways(config: PretrainConfig) -> Iterator[Fit]:
 
 
 def choose(
-    model: ModelConfig, config: PretrainConfig, vocab_size: int, device: torch.device, attempt: Callable[[Fit], None]
+    model: ModelConfig,
+    config: PretrainConfig,
+    vocab_size: int,
+    device: torch.device,
+    attempt: Callable[[Fit], None],
 ) -> Fit:
     """The fastest way that fits.
 
@@ -77,8 +81,10 @@ def choose(
 
 
 def cpu_bytes(model: ModelConfig, config: PretrainConfig, vocab_size: int, fit: Fit) -> int:
-    """What a worker needs: its process, the state, sums of slots, and activations."""
-    sums = 4 * num_parameters(model, vocab_size) * (2 + config.slots.bit_length() if config.reduction == "exact" else 1)
+    """What a worker needs, be there as few as there may: its process, the state, sums of slots, and activations."""
+    exact = config.reduction == "exact"
+    workers = config.min_workers if exact else config.max_workers
+    sums = sums_bytes(model, vocab_size, config.slots, workers, exact=exact)
     state = state_bytes(model, vocab_size, muon=config.optimizer.kind == "muon")
     kept = activation_bytes(model, config.seq_len, fit.at_once, cpu=True, recompute=fit.recompute)
     return _PROCESS_BYTES + state + sums + kept

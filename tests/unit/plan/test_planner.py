@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from forge_ray.config import ForgeConfig
 from forge_ray.config.train import shape_of
 from forge_ray.errors import ConfigError
-from forge_ray.model.arithmetic import num_parameters, train_flops_per_token
+from forge_ray.model.arithmetic import num_parameters, state_bytes, train_flops_per_token
 from forge_ray.plan import planner, prices, text
 from forge_ray.plan.law import Law
 from forge_ray.plan.planner import Plan
@@ -69,6 +70,28 @@ def test_more_money_buys_a_lower_loss_until_the_corpus_ends() -> None:
     rich = [made(usd=usd).options[0] for usd in (1e5, 1e6)]
     assert rich[0].usd == pytest.approx(rich[1].usd), "what the corpus cannot use is not spent"
     assert rich[0].epochs == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize("market", ["spot", "on-demand"])
+def test_every_option_fits_with_all_that_the_run_holds(market: str) -> None:
+    """README's first plan: at 1.2 billion parameters each sum of slots is 5 GB."""
+    config = ForgeConfig.model_validate(
+        {
+            "plan": {"usd": 500, "market": market},
+            "tokenizer": {"vocab_size": 32768},
+            "pretrain": {"seq_len": 2048},
+        }
+    )
+    listed = prices.read(None)
+    for option in planner.make(config, listed, CORPUS).options:
+        if option.sharding == "fsdp":
+            continue
+        chip = listed.chips[listed.machines[option.machine].chip]
+        shape = ForgeConfig.model_validate({"model": {"depth": option.depth}}).model
+        mine = max(2, option.slots // option.workers)
+        sums = math.log2(mine) if option.reduction == "exact" else 0
+        held = state_bytes(shape, 32768, muon=True) + 4 * option.parameters * sums
+        assert held / 2**30 < option.memory_gib <= 0.8 * chip.memory_gib
 
 
 def test_who_serves_much_gets_a_smaller_model() -> None:
