@@ -10,9 +10,10 @@ import torch
 
 from forge_ray.config import ModelConfig, PretrainConfig
 from forge_ray.errors import TrainError
-from forge_ray.train import fitting, loop
+from forge_ray.train import compute, fitting, loop
 from forge_ray.train.fitting import Fit
 from forge_ray.train.loop import Worker
+from forge_ray.train.spec import RunSpec
 
 SHAPE, VOCAB, CPU = ModelConfig(depth=6), 512, torch.device("cpu")
 
@@ -108,3 +109,24 @@ def test_arithmetic_counts_what_recomputing_keeps() -> None:
     inside = activation_bytes(shape.replace(depth=None, num_layers=1), 256, 2)
     assert activation_bytes(shape, 256, 2, recompute=True) >= blocks + inside - 3 * 2 * 256 * shape.d_model * 4
     assert activation_bytes(shape, 256, 2, recompute=True) < 0.5 * activation_bytes(shape, 256, 2)
+
+
+def test_what_is_tried_on_a_gpu_holds_the_sums_that_the_run_holds(
+    spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Worker] = []
+
+    def kept(*args: Any) -> Worker:
+        tried.append(real(*args))
+        return tried[-1]
+
+    def choose(*args: Any) -> Fit:
+        args[-1](Fit(1, False))
+        return Fit(1, False)
+
+    real = compute._worker
+    monkeypatch.setattr(compute, "_worker", kept)
+    monkeypatch.setattr(fitting, "choose", choose)
+    for min_workers, sums in ((1, 4), (2, 3)):
+        compute._fit(spec(slots=16, min_workers=min_workers), CPU)
+        assert len(tried[-1].sums._spare) + len(tried[-1].sums._tree) == sums

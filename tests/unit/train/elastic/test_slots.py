@@ -316,3 +316,13 @@ def test_arithmetic_counts_the_sums_that_are_held(slots: int, workers: int) -> N
     held = len(computer.sums._tree) + len(computer.sums._spare)
     told = num_sums(slots, workers, exact=True)
     assert told == held if workers < 3 else held <= told <= held + 1
+
+
+def test_room_that_is_reserved_is_used() -> None:
+    computer = Computer()
+    computer.sums.reserve(4)
+    own = {tensor.data_ptr() for tensor in computer.sums._spare}
+    computer.add(range(16))
+    assert {t.data_ptr() for t in (*computer.sums._spare, *computer.sums._tree.values())} == own
+    computer.sums.reserve(4)
+    assert len(computer.sums._spare) == 3
