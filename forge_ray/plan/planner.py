@@ -71,6 +71,7 @@ class Option:
     micro_batch: int
     seq_len: int
     workers: int
+    min_workers: int
     gpus_per_worker: int
     sharding: str
     reduction: str
@@ -97,6 +98,7 @@ class Option:
                 "slots": self.slots,
                 "micro_batch": self.micro_batch,
                 "seq_len": self.seq_len,
+                "min_workers": self.min_workers,
                 "max_workers": self.workers,
                 "sharding": self.sharding,
                 "reduction": self.reduction,
@@ -260,6 +262,8 @@ def _layout(case: _Case, model: ModelConfig, chip: Chip, machine: Machine, token
     """Workers, slots, micro-batch, sharding and the memory of one chip; or why it does not fit."""
     training = case.config.pretrain
     workers = machine.count * case.plan.nodes
+    # With half of them a run still goes on; each then holds more sums.
+    min_workers = max(1, workers // 2)
     usable = chip.memory_gib * 2**30 * _USABLE_FRAC
     vocab_size = case.config.tokenizer.vocab_size
     state = state_bytes(model, vocab_size, muon=training.optimizer.kind == "muon")
@@ -274,10 +278,11 @@ def _layout(case: _Case, model: ModelConfig, chip: Chip, machine: Machine, token
             if sharding == "fsdp":
                 held = state / workers
             else:
-                held = state + sums_bytes(model, vocab_size, slots, _fewest(workers), exact=reduction == "exact")
+                held = state + sums_bytes(model, vocab_size, slots, min_workers, exact=reduction == "exact")
             if held + micro_batch * one <= usable:
                 return {
                     "workers": workers,
+                    "min_workers": min_workers,
                     "slots": slots,
                     "micro_batch": micro_batch,
                     "sharding": sharding,
@@ -289,11 +294,6 @@ def _layout(case: _Case, model: ModelConfig, chip: Chip, machine: Machine, token
         f"more than {workers} x {chip.memory_gib:g} GiB: a model of depth {model.depth} needs "
         f"{least / 2**30:,.0f} GiB on each of them"
     )
-
-
-def _fewest(workers: int) -> int:
-    """With how many a run goes on when others are taken away: each of them then holds more sums."""
-    return max(1, workers // 2)
 
 
 def _serving(case: _Case, model: ModelConfig) -> Serving | str:

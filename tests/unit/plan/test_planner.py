@@ -88,7 +88,7 @@ def test_every_option_fits_with_all_that_the_run_holds(market: str) -> None:
             continue
         chip = listed.chips[listed.machines[option.machine].chip]
         shape = ForgeConfig.model_validate({"model": {"depth": option.depth}}).model
-        mine = max(2, option.slots // option.workers)
+        mine = max(2, option.slots // option.min_workers)
         sums = math.log2(mine) if option.reduction == "exact" else 0
         held = state_bytes(shape, 32768, muon=True) + 4 * option.parameters * sums
         assert held / 2**30 < option.memory_gib <= 0.8 * chip.memory_gib
@@ -185,6 +185,16 @@ def test_the_written_plan_lies_over_any_job_and_trains_what_was_planned(tmp_path
     assert config.model.num_layers == shape_of(option.depth)["num_layers"]
     batch = config.pretrain.slots * config.pretrain.micro_batch * config.pretrain.seq_len
     assert config.pretrain.steps * batch == option.tokens
+
+
+def test_a_plan_for_one_worker_lies_over_a_job_that_wants_two(tmp_path: Path) -> None:
+    job, path = tmp_path / "job.yaml", tmp_path / "plan.yaml"
+    job.write_text("pretrain: {min_workers: 2, max_workers: 2}")
+    one, many = (made(usd=100, machines=(name,)).options[0] for name in ("aws/g6.xlarge", "aws/p5.48xlarge"))
+    for option, fewest in ((one, 1), (many, 4)):
+        text.write_job(option, str(path))
+        pretrain = resolve([job, path], [], {}).config.pretrain
+        assert (pretrain.min_workers, pretrain.max_workers) == (fewest, option.workers)
 
 
 def test_the_law_is_the_published_one() -> None:
