@@ -63,6 +63,8 @@ class Option:
     market: str
     nodes: int
     depth: int
+    vocab_size: int
+    tied_embeddings: bool
     parameters: int
     tokens: float
     epochs: float
@@ -92,7 +94,13 @@ class Option:
     def job(self) -> dict[str, Any]:
         """The sections of a job that this option decides, to be laid over the others."""
         return {
-            "model": shape_of(self.depth),
+            "tokenizer": {"vocab_size": self.vocab_size},
+            "model": {
+                "depth": self.depth,
+                **shape_of(self.depth),
+                "num_experts": 0,
+                "tied_embeddings": self.tied_embeddings,
+            },
             "pretrain": {
                 "steps": self.steps,
                 "slots": self.slots,
@@ -150,7 +158,8 @@ def make(config: ForgeConfig, prices: Prices, corpus_tokens: float) -> Plan:
         corpus_tokens: Tokens of the training documents.
 
     Raises:
-        ConfigError: No budget is given, or nothing fits it; says which limit stands in the way and what would do.
+        ConfigError: No budget is given, the model has experts, or nothing fits; says which limit stands in the way and
+            what would do.
     """
     plan = config.plan
     if plan.usd is None and plan.hours is None:
@@ -158,6 +167,12 @@ def make(config: ForgeConfig, prices: Prices, corpus_tokens: float) -> Plan:
             "a plan needs a budget",
             got="neither plan.usd nor plan.hours",
             do="add --plan.usd 500, or --plan.hours 24 with --plan.nodes and --plan.machines",
+        )
+    if config.model.num_experts:
+        raise ConfigError(
+            "forge plan knows dense models alone",
+            got=f"model.num_experts {config.model.num_experts}",
+            do="plan with --model.num_experts 0; with experts of the same cost a run takes more memory than the plan says",
         )
     case = _Case(config, prices, corpus_tokens, Law())
     found: list[Option] = []
@@ -236,6 +251,8 @@ def _option(case: _Case, name: str, machine: Machine, market: str, depth: int) -
         market=market,
         nodes=plan.nodes,
         depth=depth,
+        vocab_size=vocab_size,
+        tied_embeddings=model.tied_embeddings,
         parameters=parameters,
         tokens=tokens,
         epochs=tokens / case.corpus_tokens,

@@ -351,7 +351,7 @@ def test_a_plan_is_told_and_written(forge: Forge, tmp_path: Path) -> None:
     assert out.startswith("2,000,000,000 tokens of training documents.")
     assert out.endswith(f"written to {tmp_path}/plan.yaml\n")
     best = json.loads(forge(*words, "--json")[1])["options"][0]
-    assert f"depth {best['depth']}\n" in out
+    assert f"depth {best['depth']}, with a vocabulary of {best['vocab_size']:,} entries\n" in out
     assert best["usd"] <= 100
 
 

@@ -140,6 +140,7 @@ def test_a_small_corpus_or_budget_is_told_to_adapt_an_open_model() -> None:
         ({"usd": 100, "market": "spot", "machines": ("onprem",)}, "a machine on the spot market"),
         ({"usd": 100, "served_tokens": 1e13}, "serving 10,000,000,000,000 tokens costs that alone"),
         ({"usd": 100, "max_ms_per_token": 1e-9}, "plan.max_ms_per_token of"),
+        ({"usd": 100, "model": {"num_experts": 8}}, "plan with --model.num_experts 0"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_what_would_do(limits: dict[str, Any], said: str) -> None:
@@ -176,11 +177,13 @@ def test_prices_of_ones_own_replace_ours(tmp_path: Path) -> None:
     assert "no such file" in refused(usd=1, prices=str(tmp_path / "none.yaml")).lower()
 
 
-def test_the_written_plan_lies_over_any_job_and_trains_what_was_planned(tmp_path: Path) -> None:
-    option = made(usd=100).options[0]
-    path = tmp_path / "plan.yaml"
+@pytest.mark.parametrize("theirs", [{}, {"depth": 3}, {"num_layers": 3, "d_ff": 96}, {"num_experts": 8}], ids=str)
+def test_the_written_plan_lies_over_any_job_and_trains_what_was_planned(tmp_path: Path, theirs: dict[str, Any]) -> None:
+    option = made(usd=100, model={"tied_embeddings": False}).options[0]
+    job, path = tmp_path / "job.yaml", tmp_path / "plan.yaml"
+    job.write_text(yaml.safe_dump({"tokenizer": {"vocab_size": 512}, "model": theirs}))
     text.write_job(option, str(path))
-    config = resolve(["jobs/demo.yaml", path], ["--tokenizer.vocab_size=16384"], {}).config
+    config = resolve([job, path], [], {}).config
     assert num_parameters(config.model, 16384) == option.parameters
     assert config.model.num_layers == shape_of(option.depth)["num_layers"]
     batch = config.pretrain.slots * config.pretrain.micro_batch * config.pretrain.seq_len
