@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,18 @@ def test_a_small_corpus_or_budget_is_told_to_adapt_an_open_model() -> None:
     assert "the budget allows" in made(usd=0.02, machines=("aws/c7a.8xlarge",)).advice
     assert made(usd=100).advice == ""
     assert text.as_text(made(corpus_tokens=3e6, usd=100)).startswith("NO: Adapting an open model")
+
+
+def test_the_evidence_against_is_what_readme_says() -> None:
+    told = made(corpus_tokens=3e6, usd=100).advice
+    assert not re.search(r"\b\d\.\d+", told), "figures are README's, where they are kept true"
+    readme = Path("README.md").read_text(encoding="utf-8")
+    ours = re.search(r"documents, (\d+)-token windows.*\n\s+this model +(\d\.\d+)", readme)
+    general = re.search(r"parameters to the table: a hundred times the size, (\d\.\d+)", readme)
+    theirs = re.search(r"SmolLM2-135M-Instruct \(4-bit\), ([\d,]+)-token windows", readme)
+    assert ours and general and theirs
+    assert float(general[1]) < float(ours[2])
+    assert f"ours in windows of {ours[1]} tokens, SmolLM2 in windows of {theirs[1]}" in told
 
 
 @pytest.mark.parametrize(
