@@ -45,6 +45,7 @@ def fit(config: ForgeConfig) -> Told:
     from forge_ray.plan import fit as fits
     from forge_ray.plan.fit import Run
     from forge_ray.train import compiled
+    from forge_ray.train.pretrain import precision_of
 
     workspace = Workspace(config.workspace, config.cache_bytes)
     with ExitStack() as stack:
@@ -52,7 +53,8 @@ def fit(config: ForgeConfig) -> Told:
         # Compiled or not, all alike, so that their seconds and bytes can be compared.
         compile_ = "on" if compiled.decide(config.model, config.pretrain) else "off"
         training = config.pretrain.replace(compile=compile_)
-        target = Run(config.model, training, ShardIndex.of(shards).vocab_size, training.max_workers)
+        vocab_size, precision = ShardIndex.of(shards).vocab_size, precision_of(training)
+        target = Run(config.model, training, vocab_size, training.max_workers, precision)
         rungs: list[Run] = []
         refs: list[str] = []
         plan = config.plan

@@ -42,6 +42,7 @@ class Run:
     config: PretrainConfig
     vocab_size: int
     workers: int
+    precision: str = "bf16"
     bits_per_byte: float = 0.0
     step_s: float = 0.0
     peak_bytes: float = 0.0
@@ -71,12 +72,13 @@ class Run:
         """The tensors that are known of: state, sums of gradients, a micro-batch's activations."""
         muon = self.config.optimizer.kind == "muon"
         exact = self.config.reduction == "exact"
-        held = state_bytes(self.model, self.vocab_size, muon=muon)
+        held = state_bytes(self.model, self.vocab_size, muon=muon, precision=self.precision)
         held += sums_bytes(self.model, self.vocab_size, self.config.slots, self.workers, exact=exact)
         return held + activation_bytes(
             self.model,
             self.config.seq_len,
             self.config.micro_batch,
+            precision=self.precision,
             cpu=not self.config.gpus_per_worker,
             compiled=self.config.compile == "on",
         )
@@ -167,7 +169,7 @@ def smaller(target: Run, frac: float) -> Run:
     tokens = target.tokens * real
     steps = max(1, round(tokens / (target.config.slots * micro_batch * target.config.seq_len)))
     config = target.config.replace(micro_batch=micro_batch, steps=steps)
-    return Run(model, config, target.vocab_size, target.workers)
+    return Run(model, config, target.vocab_size, target.workers, target.precision)
 
 
 def _shrunk(model: ModelConfig, frac: float) -> ModelConfig:

@@ -172,7 +172,7 @@ def make(config: ForgeConfig, prices: Prices, corpus_tokens: float) -> Plan:
         raise ConfigError(
             "forge plan knows dense models alone",
             got=f"model.num_experts {config.model.num_experts}",
-            do="plan with --model.num_experts 0; with experts of the same cost a run takes more memory than the plan says",
+            do="plan with --model.num_experts 0; with experts the same run takes more memory than the plan says",
         )
     case = _Case(config, prices, corpus_tokens, Law())
     found: list[Option] = []
@@ -281,10 +281,12 @@ def _layout(case: _Case, model: ModelConfig, chip: Chip, machine: Machine, token
     workers = machine.count * case.plan.nodes
     # With half of them a run still goes on; each then holds more sums.
     min_workers = max(1, workers // 2)
+    # `auto` takes bf16 where it is fast, and the peaks of the price file are those of bf16.
+    precision = "bf16" if training.precision == "auto" else training.precision
     usable = chip.memory_gib * 2**30 * _USABLE_FRAC
     vocab_size = case.config.tokenizer.vocab_size
-    state = state_bytes(model, vocab_size, muon=training.optimizer.kind == "muon")
-    one = activation_bytes(model, training.seq_len, 1, cpu=machine.chip == CORE)
+    state = state_bytes(model, vocab_size, muon=training.optimizer.kind == "muon", precision=precision)
+    one = activation_bytes(model, training.seq_len, 1, precision=precision, cpu=machine.chip == CORE)
     sequences = max(workers, best_batch_tokens(tokens) / training.seq_len)
     fewest, least = 2 ** math.ceil(math.log2(workers)), math.inf
     largest = 2 ** max(0, math.floor(math.log2(sequences / fewest)))
@@ -364,7 +366,7 @@ def _advice(best: Option, corpus_tokens: float) -> str:
     limit = "the corpus" if corpus_tokens < _FEW_TOKENS else "the budget"
     return (
         f"Adapting an open model is the better choice: {limit} allows {best.tokens:,.0f} tokens of training, and below "
-        f"about {_FEW_TOKENS:,.0f} a model of your own does not catch up. Evidence: README's demo, a few million tokens, "
-        "stays behind SmolLM2-135M in bits per byte on the same held-out documents; `make demo` and `make smollm2` "
+        f"about {_FEW_TOKENS:,.0f} a model of your own does not catch up. Evidence: README's demo, a few million "
+        "tokens, stays behind SmolLM2-135M in bits per byte on the same held-out documents; `make demo` and `make smollm2` "
         "measure both, ours in windows of 256 tokens, SmolLM2 in windows of 1,024."
     )

@@ -18,10 +18,12 @@ def as_text(plan: Plan) -> str:
     head = [
         f"{plan.corpus_tokens:,.0f} tokens of training documents. Best within the limits:",
         "",
-        f"  model     {_short(best.parameters)} parameters, depth {best.depth}, with a vocabulary of {best.vocab_size:,} entries",
+        f"  model     {_short(best.parameters)} parameters, depth {best.depth}, "
+        f"with a vocabulary of {best.vocab_size:,} entries",
         f"  training  {_short(best.tokens)} tokens ({best.epochs:.2f} passes) in {best.steps:,} steps of "
         f"{best.slots} x {best.micro_batch} x {best.seq_len}",
-        f"  machines  {best.nodes} x {best.machine} ({best.market}), {best.workers} workers, {best.sharding}, {best.reduction}, "
+        f"  machines  {best.nodes} x {best.machine} ({best.market}), "
+        f"{best.workers} workers, {best.sharding}, {best.reduction}, "
         f"{best.memory_gib:.1f} GiB on each",
         f"  time      {_hours(best.hours)}{_taken_away(best)}",
         f"  money     ${best.train_usd:,.2f} to train{_served(best)}",

@@ -158,7 +158,7 @@ def _fit(spec: RunSpec, device: torch.device) -> Fit:
         loop.backward(worker, torch.zeros((spec.config.micro_batch, spec.config.seq_len + 1), dtype=torch.int64))
         worker.sums.add(0)
 
-    return fitting.choose(spec.model, spec.config, spec.vocab_size, device, attempt)
+    return fitting.choose(spec.model, spec.config, spec.vocab_size, spec.precision, device, attempt)
 
 
 def host_class(spec: RunSpec, fit: Fit, device: torch.device) -> str:

@@ -49,12 +49,14 @@ def choose(
     model: ModelConfig,
     config: PretrainConfig,
     vocab_size: int,
+    precision: str,
     device: torch.device,
     attempt: Callable[[Fit], None],
 ) -> Fit:
     """The fastest way that fits.
 
     Args:
+        precision: `bf16`, `fp32` or `fp8`; not `auto`.
         attempt: Takes a step's forward and backward pass in this way on the device; only called on a GPU.
 
     Raises:
@@ -63,7 +65,7 @@ def choose(
     if config.sharding == "fsdp":  # shares the state out: its own arithmetic is the planner's
         return next(ways(config))
     if device.type == "cpu":
-        free, needed = _share_of_memory(config), lambda fit: cpu_bytes(model, config, vocab_size, fit)
+        free, needed = _share_of_memory(config), lambda fit: cpu_bytes(model, config, vocab_size, precision, fit)
         fitting = (fit for fit in ways(config) if needed(fit) <= free)
     else:
         free, needed = 0, lambda fit: 0
@@ -80,13 +82,13 @@ def choose(
     )
 
 
-def cpu_bytes(model: ModelConfig, config: PretrainConfig, vocab_size: int, fit: Fit) -> int:
+def cpu_bytes(model: ModelConfig, config: PretrainConfig, vocab_size: int, precision: str, fit: Fit) -> int:
     """What a worker needs, be there as few as there may: its process, the state, sums of slots, and activations."""
     exact = config.reduction == "exact"
     workers = config.min_workers if exact else config.max_workers
     sums = sums_bytes(model, vocab_size, config.slots, workers, exact=exact)
-    state = state_bytes(model, vocab_size, muon=config.optimizer.kind == "muon")
-    kept = activation_bytes(model, config.seq_len, fit.at_once, cpu=True, recompute=fit.recompute)
+    state = state_bytes(model, vocab_size, muon=config.optimizer.kind == "muon", precision=precision)
+    kept = activation_bytes(model, config.seq_len, fit.at_once, precision=precision, cpu=True, recompute=fit.recompute)
     return _PROCESS_BYTES + state + sums + kept
 
 
