@@ -45,6 +45,23 @@ def train_flops_per_token(model: ModelConfig, vocab_size: int, seq_len: int) -> 
     return 6.0 * matrices + 12.0 * model.num_layers * attention * seq_len
 
 
+def newton_schulz_flops(model: ModelConfig) -> float:
+    """Floating-point operations of a step in which Muon orthogonalises all matrices of the blocks.
+
+    Source: Jordan et al. 2024: five rounds of three products.
+    """
+    d, attention, kv = model.d_model, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    width, copies = (model.expert_width, model.num_experts) if model.num_experts else (model.d_ff, 1)
+    block = 2 * newton_schulz_cost(d, attention) + 2 * newton_schulz_cost(d, kv)
+    return 10.0 * model.num_layers * (block + 3 * copies * newton_schulz_cost(d, width))
+
+
+def newton_schulz_cost(rows: int, columns: int) -> int:
+    """Multiplications of one round for a matrix of this shape."""
+    short, long = sorted((rows, columns))
+    return short * short * (2 * long + short)
+
+
 def state_bytes(model: ModelConfig, vocab_size: int, *, muon: bool, precision: str) -> int:
     """Memory of a worker that holds the whole state: weights, gradients and optimizer in fp32, and autocast's weights.
 

@@ -16,6 +16,7 @@ from forge_ray.errors import DataError
 from forge_ray.model.arithmetic import (
     activation_bytes,
     block_parameters,
+    newton_schulz_flops,
     num_parameters,
     state_bytes,
     sums_bytes,
@@ -63,10 +64,11 @@ class Run:
         return self.config.slots * self.config.micro_batch * self.config.seq_len
 
     def time_features(self) -> list[float]:
-        """What the seconds of a step are a weighted sum of: operations, calls of a layer, values of the state."""
+        """What the seconds of a step are a weighted sum of: operations, calls of a layer, values of the state, Muon."""
         flops = train_flops_per_token(self.model, self.vocab_size, self.config.seq_len) * self.step_tokens
         calls = self.config.slots * (self.model.num_layers + 1)
-        return [flops / self.workers, calls / self.workers, float(num_parameters(self.model, self.vocab_size))]
+        shared = [flops, calls] + [newton_schulz_flops(self.model)] * (self.config.optimizer.kind == "muon")
+        return [*(cost / self.workers for cost in shared), float(num_parameters(self.model, self.vocab_size))]
 
     def known_bytes(self) -> float:
         """The tensors that are known of: state, sums of gradients, a micro-batch's activations."""

@@ -366,7 +366,7 @@ def _advice(best: Option, corpus_tokens: float) -> str:
     limit = "the corpus" if corpus_tokens < _FEW_TOKENS else "the budget"
     return (
         f"Adapting an open model is the better choice: {limit} allows {best.tokens:,.0f} tokens of training, and below "
-        f"about {_FEW_TOKENS:,.0f} a model of your own does not catch up. Evidence: README's demo, a few million "
-        "tokens, stays behind SmolLM2-135M in bits per byte on the same held-out documents; `make demo` and `make smollm2` "
-        "measure both, ours in windows of 256 tokens, SmolLM2 in windows of 1,024."
+        f"about {_FEW_TOKENS:,.0f} a model of your own does not catch up. Evidence: README's demo, of a few million "
+        "tokens, stays behind SmolLM2-135M in bits per byte on the same held-out documents; `make demo` and "
+        "`make smollm2` measure both, ours in windows of 256 tokens, SmolLM2 in windows of 1,024."
     )

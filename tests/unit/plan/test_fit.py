@@ -9,6 +9,7 @@ import pytest
 
 from forge_ray.config import ModelConfig, PretrainConfig
 from forge_ray.errors import DataError
+from forge_ray.model.arithmetic import newton_schulz_flops
 from forge_ray.plan import fit
 from forge_ray.plan.fit import Run
 
@@ -34,7 +35,7 @@ def measured(run: Run, exponent: float = 0.33, off: float = 0.0) -> Run:
     return replace(
         run,
         bits_per_byte=(0.5 + 30 * (run.size / 100) ** -exponent) * (1 + off),
-        step_s=float(np.dot(run.time_features(), [7e-12, 2e-4, 1e-9])) * (1 + off),
+        step_s=float(np.dot(run.time_features(), [7e-12, 2e-4, 5e-11, 1e-9])) * (1 + off),
         peak_bytes=(4e8 + 1.2 * run.known_bytes()) * (1 + off),
     )
 
@@ -68,6 +69,17 @@ def test_the_interval_holds_what_it_says_under_noise() -> None:
     assert sum(row.low <= wanted <= row.high for row in found) >= 34  # 36 of 40 at 90%
     assert float(np.median([abs(row.median / wanted - 1) for row in found])) < 0.03
     assert all(row.high / row.low < 1.4 for row in found), "an interval that says nothing holds everything"
+
+
+def test_muons_own_work_is_carried_on() -> None:
+    """With short steps Newton-Schulz is a third of a step, which it is in no larger batch."""
+    short = replace(target(), config=SETTINGS.replace(slots=2, micro_batch=1))
+    wanted = measured(short)
+    muon = 5e-11 * newton_schulz_flops(short.model) / short.workers
+    assert muon > 0.3 * wanted.step_s
+    assert fit.predict(ladder(short), short).hours == pytest.approx(wanted.step_s * 1500 / 3600, rel=1e-3)
+    alone = replace(short, config=short.config.replace(optimizer={"kind": "adamw"}))
+    assert len(alone.time_features()) == len(short.time_features()) - 1
 
 
 def test_three_points_are_no_ladder() -> None:
