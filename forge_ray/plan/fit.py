@@ -30,6 +30,8 @@ _EXPONENT, _EXPONENT_SPREAD = 0.35, 0.12
 # Two runs that differ in their seed alone end up so far apart.
 _NOISE_FRAC = 0.004
 _DRAWS = 20_000
+# Sequences of a slot below which one more or less is a jump.
+_COARSEST = 4
 
 
 @dataclass(frozen=True)
@@ -163,11 +165,13 @@ def _weights(features: Sequence[Sequence[float]], measured: Sequence[float]) -> 
 def smaller(target: Run, frac: float) -> Run:
     """A run with this share of the target's parameters and tokens, in the same proportions, or as near as shapes go.
 
-    The batch shrinks with the tokens to the power of 0.383, as the best one does (`law.best_batch_tokens`).
+    The batch shrinks with the tokens to the power of 0.383, as the best one does (`law.best_batch_tokens`), but to no
+    fewer than four sequences in a slot: from two to one a rung would take more steps than the one above it.
     """
     model = _shrunk(target.model, frac)
     real = block_parameters(model) / target.size
-    micro_batch = max(1, round(target.config.micro_batch * real**0.383))
+    whole = target.config.micro_batch
+    micro_batch = max(min(whole, _COARSEST), round(whole * real**0.383))
     tokens = target.tokens * real
     steps = max(1, round(tokens / (target.config.slots * micro_batch * target.config.seq_len)))
     config = target.config.replace(micro_batch=micro_batch, steps=steps)
@@ -182,7 +186,7 @@ def _shrunk(model: ModelConfig, frac: float) -> ModelConfig:
         for d_model in range(32, model.d_model + 1, 16):
             shape = _scaled(model, num_layers, d_model)
             off = abs(np.log(block_parameters(shape) / wanted))
-            found.append((off > 0.1, abs(np.log(d_model / num_layers / aspect)) + off, num_layers, d_model))
+            found.append((off > 0.15, abs(np.log(d_model / num_layers / aspect)) + off, num_layers, d_model))
     _, _, num_layers, d_model = min(found)
     return _scaled(model, num_layers, d_model)
 

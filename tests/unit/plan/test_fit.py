@@ -53,6 +53,16 @@ def test_rungs_are_the_target_in_small(model: ModelConfig) -> None:
     assert [rung.size for rung in rungs] == sorted({rung.size for rung in rungs}, reverse=True)
 
 
+@pytest.mark.parametrize("step", [1.4, 1.6])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 8, 16])
+def test_a_larger_rung_takes_more_steps(micro_batch: int, step: float) -> None:
+    whole = target()
+    whole = replace(whole, config=whole.config.replace(micro_batch=micro_batch))
+    runs = [whole, *(fit.smaller(whole, 0.25 / step**k) for k in range(6))]
+    steps = [run.config.steps for run in runs]
+    assert steps == sorted(set(steps), reverse=True)
+
+
 @pytest.mark.parametrize("exponent", [0.25, 0.33, 0.45])
 def test_a_law_is_carried_on(exponent: float) -> None:
     wanted = measured(target(), exponent)
