@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from forge_ray import pipeline
 from forge_ray.artifact import Artifact, Manifest, Workspace, fingerprint
-from forge_ray.config import ForgeConfig
+from forge_ray.config import ForgeConfig, ModelConfig
 from forge_ray.errors import ArtifactError, ConfigError
+from forge_ray.model.arithmetic import block_parameters
 from forge_ray.plan import planner, prices, text
+from forge_ray.plan.planner import Plan
 from forge_ray.telemetry import format_bytes, format_s, say
 
 if TYPE_CHECKING:
@@ -29,7 +31,10 @@ Told = tuple[dict[str, Any], str]
 
 def budget(config: ForgeConfig, out: str) -> Told:
     """What a budget buys; the best option is written to `out`, if it is given."""
-    plan = planner.make(config, prices.read(config.plan.prices), _corpus_tokens(config))
+    corpus_tokens, shards = _corpus(config)
+    plan = planner.make(config, prices.read(config.plan.prices), corpus_tokens)
+    if shards and (ladder := _ladder(config, shards)):
+        plan = _expecting(plan, ladder)
     if out:
         text.write_job(plan.options[0], out)
     return plan.as_json(), text.as_text(plan) + (f"\n\nwritten to {out}" if out else "")
@@ -167,14 +172,43 @@ def _as_text(row: Mapping[str, Any], rungs: list[Run], prediction: Prediction, r
     return "\n".join(lines)
 
 
-def _corpus_tokens(config: ForgeConfig) -> float:
-    """Tokens of the training documents: said, guessed from their bytes, or counted in the job's shards."""
+def _ladder(config: ForgeConfig, shards: Artifact) -> Artifact | None:
+    """The newest `plan fit` on these shards, of dense models with the job's context and optimizer."""
+    wanted = config.model_dump(mode="json")["pretrain"]
+    found = []
+    for ref in shards.workspace.refs_of_artifacts():
+        if ref.startswith(f"{STAGE}/"):
+            fitted = shards.workspace.get(ref)
+            trained = fitted.manifest.config["pretrain"]
+            alike = all(trained[name] == wanted[name] for name in ("seq_len", "optimizer", "mixture"))
+            dense = not fitted.manifest.config["model"]["num_experts"]
+            if fitted.manifest.inputs.get("tokenize") == shards.manifest.fingerprint and alike and dense:
+                found.append(fitted)
+    return max(found, key=lambda fitted: fitted.manifest.created, default=None)
+
+
+def _expecting(plan: Plan, fitted: Artifact) -> Plan:
+    """The plan with what a ladder expects of its options."""
+    from forge_ray.plan.fit import Ladder
+
+    ladder = Ladder.of(fitted.metrics)
+    options = []
+    for option in plan.options:
+        size = block_parameters(ModelConfig(depth=option.depth))
+        expected = ladder.expects(size, option.tokens, plan.corpus_tokens)
+        options.append(replace(option, bits_per_byte=expected))
+    return replace(plan, options=tuple(options), ladder=fitted.ref, spoken_for=ladder.spoken_for)
+
+
+def _corpus(config: ForgeConfig) -> tuple[float, Artifact | None]:
+    """Tokens of the training documents: said, guessed from their bytes, or counted in the job's shards, then those."""
     if config.plan.corpus_tokens or config.plan.corpus_bytes:
-        return config.plan.corpus_tokens or (config.plan.corpus_bytes or 0.0) / config.plan.bytes_per_token
+        return config.plan.corpus_tokens or (config.plan.corpus_bytes or 0.0) / config.plan.bytes_per_token, None
     if config.ingest.sources:
         planned = pipeline.plan(config, "tokenize")[-1]
         if planned.published:
-            return float(Workspace(config.workspace, config.cache_bytes).get(planned.ref).metrics["train_tokens"])
+            shards = Workspace(config.workspace, config.cache_bytes).get(planned.ref)
+            return float(shards.metrics["train_tokens"]), shards
     raise ConfigError(
         "a plan needs to know how much there is to train on",
         got="neither plan.corpus_tokens nor plan.corpus_bytes, nor token shards that are published",

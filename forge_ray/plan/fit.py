@@ -5,8 +5,9 @@ Owns the arithmetic from measured rungs to a prediction. Running the rungs is `p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
@@ -22,6 +23,7 @@ from forge_ray.model.arithmetic import (
     sums_bytes,
     train_flops_per_token,
 )
+from forge_ray.plan.law import Estimate, Law
 
 MIN_RUNGS = 4
 # The exponent of size at a fixed number of tokens per parameter: 0.35 and 0.37 in Chinchilla's runs (arXiv 2404.10102,
@@ -30,6 +32,8 @@ _EXPONENT, _EXPONENT_SPREAD = 0.35, 0.12
 # Two runs that differ in their seed alone end up so far apart.
 _NOISE_FRAC = 0.004
 _DRAWS = 20_000
+# How far from the fitted runs a ladder still speaks: times the job's size, times its tokens per parameter either way.
+_BEYOND, _OFF_RATIO = 1.5, 2.0
 # Sequences of a slot below which one more or less is a jump.
 _COARSEST = 4
 
@@ -89,15 +93,6 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A median, and the interval in which it lies with 90%."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Prediction:
     """What is expected of a run. Hours are of training itself; memory of one worker."""
 
@@ -115,7 +110,7 @@ def predict(rungs: Sequence[Run], target: Run) -> Prediction:
     """
     if len(rungs) < MIN_RUNGS:
         raise DataError("too few runs to predict from", got=len(rungs), wanted=f"at least {MIN_RUNGS}")
-    loss, exponent = _loss(rungs, target.size)
+    loss, exponent = _loss([run.size for run in rungs], [run.bits_per_byte for run in rungs], target.size)
     weights = _weights([run.time_features() for run in rungs], [run.step_s for run in rungs])
     step_s = float(np.dot(target.time_features(), weights))
     memory = _weights([[1e9, run.known_bytes()] for run in rungs], [run.peak_bytes for run in rungs])
@@ -127,14 +122,52 @@ def predict(rungs: Sequence[Run], target: Run) -> Prediction:
     )
 
 
-def _loss(rungs: Sequence[Run], size: float) -> tuple[Estimate, float]:
+@dataclass(frozen=True)
+class Ladder:
+    """What `forge plan fit` measured for a job, carried on to runs like that job's.
+
+    Sizes are parameters of blocks, the job's the last one; losses are the rungs'.
+    """
+
+    sizes: tuple[int, ...]
+    losses: tuple[float, ...]
+    tokens_per_parameter: float
+
+    @staticmethod
+    def of(row: Mapping[str, Any]) -> Ladder:
+        """From the metrics of its artifact."""
+        rungs = sorted(row["rungs"], key=lambda rung: rung["size"])
+        sizes = (*(rung["size"] for rung in rungs), row["size"])
+        return Ladder(sizes, tuple(rung["bits_per_byte"] for rung in rungs), row["tokens"] / row["size"])
+
+    @property
+    def spoken_for(self) -> tuple[float, float]:
+        """Smallest and largest size that it says something of."""
+        return self.sizes[0], self.sizes[-1] * _BEYOND
+
+    def expects(self, size: float, tokens: float, corpus_tokens: float) -> Estimate | None:
+        """Bits per byte of a run of this size; none where it is not near those that were fitted.
+
+        Other tokens per parameter than the ladder's move the median by what the published law says they do, and the
+        interval holds both, with and without that.
+        """
+        low, high = self.spoken_for
+        fitted = self.tokens_per_parameter * size
+        if not (low <= size <= high and 1 / _OFF_RATIO <= tokens / fitted <= _OFF_RATIO):
+            return None
+        found, _ = _loss(self.sizes[:-1], self.losses, size)
+        law = Law()
+        by = law.loss(size, tokens, corpus_tokens) / law.loss(size, fitted, corpus_tokens)
+        return Estimate(found.median * by, found.low * min(1.0, by), found.high * max(1.0, by))
+
+
+def _loss(sizes: Sequence[float], losses: Sequence[float], size: float) -> tuple[Estimate, float]:
     """Loss = floor + scale / size^exponent: all curves that pass near the rungs, each weighted by how near.
 
     The floor and the scale are never negative; the exponent has a prior, because a few points hardly tell it from the
     floor.
     """
-    sizes = np.array([run.size for run in rungs], dtype=float)
-    losses = np.array([run.bits_per_byte for run in rungs])
+    sizes, losses = np.array(sizes, dtype=float), np.array(losses)
     generator = np.random.default_rng(0)
     exponents = generator.normal(_EXPONENT, _EXPONENT_SPREAD, _DRAWS).clip(0.05, 1.0)
     floors = generator.uniform(0.0, losses.min(), _DRAWS)
@@ -143,7 +176,7 @@ def _loss(rungs: Sequence[Run], size: float) -> tuple[Estimate, float]:
     scales = (shapes * (losses - floors[:, None]) / losses**2).sum(1) / (shapes**2 / losses**2).sum(1)
     fitted = floors[:, None] + scales[:, None] * shapes
     misfit = (((fitted - losses) / losses) ** 2).sum(1)
-    noise = max(_NOISE_FRAC, float(np.sqrt(misfit.min() / max(1, len(rungs) - 3))))
+    noise = max(_NOISE_FRAC, float(np.sqrt(misfit.min() / max(1, len(sizes) - 3))))
     weight = np.exp(-0.5 * (misfit - misfit.min()) / noise**2)
     weight /= weight.sum()
     at_size = floors + scales * (size / sizes.max()) ** -exponents

@@ -24,7 +24,7 @@ from forge_ray.model.arithmetic import (
     sums_bytes,
     train_flops_per_token,
 )
-from forge_ray.plan.law import Law, best_batch_tokens
+from forge_ray.plan.law import Estimate, Law, best_batch_tokens
 from forge_ray.plan.prices import CORE, Chip, Machine, Prices
 
 # Above 8 only even ones: heads of 128 cover the width exactly.
@@ -57,7 +57,11 @@ class Serving:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to spend the budget. `relative_loss` ranks options and promises nothing (`law.py`)."""
+    """One way to spend the budget.
+
+    `relative_loss` ranks options and promises nothing (`law.py`); `bits_per_byte` is what a ladder of the job's own
+    expects, where there is one that speaks for this size (`fit.py`).
+    """
 
     machine: str
     market: str
@@ -85,6 +89,7 @@ class Option:
     serving: Serving
     serve_usd: float
     relative_loss: float
+    bits_per_byte: Estimate | None = None
 
     @property
     def usd(self) -> float:
@@ -124,6 +129,10 @@ class Plan:
     corpus_tokens: float
     prices_as_of: str
     advice: str
+    ladder: str = ""
+    """The artifact of `forge plan fit` that expects `bits_per_byte`."""
+    spoken_for: tuple[float, float] = (0.0, 0.0)
+    """Parameters of blocks between which it does."""
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -131,6 +140,7 @@ class Plan:
             "corpus_tokens": self.corpus_tokens,
             "prices_as_of": self.prices_as_of,
             "advice": self.advice,
+            "ladder": self.ladder,
             "options": [{**asdict(option), "usd": option.usd} for option in self.options],
         }
 

@@ -11,7 +11,7 @@ from forge_ray.config import ModelConfig, PretrainConfig
 from forge_ray.errors import DataError
 from forge_ray.model.arithmetic import newton_schulz_flops
 from forge_ray.plan import fit
-from forge_ray.plan.fit import Run
+from forge_ray.plan.fit import Ladder, Run
 
 SETTINGS = PretrainConfig(steps=1500, slots=4, micro_batch=8, seq_len=256)
 TARGETS = {
@@ -90,6 +90,21 @@ def test_muons_own_work_is_carried_on() -> None:
     assert fit.predict(ladder(short), short).hours == pytest.approx(wanted.step_s * 1500 / 3600, rel=1e-3)
     alone = replace(short, config=short.config.replace(optimizer={"kind": "adamw"}))
     assert len(alone.time_features()) == len(short.time_features()) - 1
+
+
+def test_a_published_ladder_speaks_for_runs_near_the_jobs() -> None:
+    rungs, job = ladder(target()), target()
+    rows = [{"size": run.size, "bits_per_byte": run.bits_per_byte} for run in rungs]
+    found = Ladder.of({"size": job.size, "tokens": job.tokens, "rungs": rows})
+    corpus = 100.0 * job.tokens
+    same = found.expects(job.size, job.tokens, corpus)
+    assert same == fit.predict(rungs, job).bits_per_byte
+    longer = found.expects(job.size, 1.9 * job.tokens, corpus)
+    assert longer.median < same.median
+    assert longer.low < longer.median < same.median < longer.high == same.high
+    assert found.expects(job.size, 2.1 * job.tokens, corpus) is None
+    for size in (0.9 * rungs[-1].size, 1.6 * job.size):
+        assert found.expects(size, size * job.tokens / job.size, corpus) is None
 
 
 def test_three_points_are_no_ladder() -> None:
