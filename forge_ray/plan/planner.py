@@ -4,7 +4,7 @@ Owns the search: for every machine and market, every depth of the model's dial t
 endpoint allow, and of those the one with the lowest loss by the law. Pure arithmetic: no torch, no network.
 
 What it assumes and does not model: machines reach the share of their peak that the price file says, several of them as
-much as one; storage and traffic cost nothing.
+much as one, and that share is of bf16, whatever `pretrain.precision` is; storage and traffic cost nothing.
 """
 
 from __future__ import annotations
