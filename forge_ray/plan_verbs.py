@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from forge_ray import pipeline, prices
 from forge_ray.artifact import Artifact, Manifest, Workspace, fingerprint
-from forge_ray.config import ForgeConfig
+from forge_ray.config import ForgeConfig, ModelConfig
 from forge_ray.errors import ArtifactError, ConfigError
+from forge_ray.model.arithmetic import block_parameters
 from forge_ray.plan import planner, text
+from forge_ray.plan.planner import Plan
 from forge_ray.telemetry import format_bytes, format_s, say
 
 if TYPE_CHECKING:
@@ -29,7 +31,10 @@ Told = tuple[dict[str, Any], str]
 
 def budget(config: ForgeConfig, out: str) -> Told:
     """What a budget buys; the best option is written to `out`, if it is given."""
-    plan = planner.make(config, prices.read(config.plan.prices), _corpus_tokens(config))
+    corpus_tokens, shards = _corpus(config)
+    plan = planner.make(config, prices.read(config.plan.prices), corpus_tokens)
+    if shards and (ladder := _ladder(config, shards)):
+        plan = _expecting(plan, ladder)
     if out:
         text.write_job(plan.options[0], out)
     return plan.as_json(), text.as_text(plan) + (f"\n\nwritten to {out}" if out else "")
@@ -45,6 +50,7 @@ def fit(config: ForgeConfig) -> Told:
     from forge_ray.plan import fit as fits
     from forge_ray.plan.fit import Run
     from forge_ray.train import compiled
+    from forge_ray.train.pretrain import precision_of
 
     workspace = Workspace(config.workspace, config.cache_bytes)
     with ExitStack() as stack:
@@ -52,7 +58,8 @@ def fit(config: ForgeConfig) -> Told:
         # Compiled or not, all alike, so that their seconds and bytes can be compared.
         compile_ = "on" if compiled.decide(config.model, config.pretrain) else "off"
         training = config.pretrain.replace(compile=compile_)
-        target = Run(config.model, training, ShardIndex.of(shards).vocab_size, training.max_workers)
+        vocab_size, precision = ShardIndex.of(shards).vocab_size, precision_of(training)
+        target = Run(config.model, training, vocab_size, training.max_workers, precision)
         rungs: list[Run] = []
         refs: list[str] = []
         plan = config.plan
@@ -65,9 +72,10 @@ def fit(config: ForgeConfig) -> Told:
                     do="lower plan.ladder_rungs, or plan a larger model",
                 )
             say(f"rung of {rung.size:,} parameters, {rung.tokens:,} tokens")
-            measured, ref = _trained(config, rung, stack)
+            measured, ref, ledger = _trained(config, rung, stack)
             rungs.append(measured)
             refs.append(ref)
+            nodes = ledger["node_hours"] * 3600 / ledger["wall_s"] if ledger["wall_s"] else 1.0
     prediction = fits.predict(rungs, target)
     trained = pipeline.plan(config, "pretrain")[-1]
     row = {
@@ -75,6 +83,7 @@ def fit(config: ForgeConfig) -> Told:
         "before_training": not trained.published,
         "size": target.size,
         "tokens": target.tokens,
+        "nodes": nodes,
         "prediction": asdict(prediction),
         "rungs": [
             {
@@ -105,30 +114,62 @@ def fit(config: ForgeConfig) -> Told:
     return {"ref": manifest.ref, **row}, _as_text(row, rungs, prediction, manifest.ref)
 
 
-def against(trained: Artifact, evaluated: Mapping[str, Any]) -> str:
-    """What was expected of a run before it was trained, beside what came of it; nothing where nothing was."""
+def against(trained: Artifact, evaluated: Mapping[str, Any]) -> Told | None:
+    """What was expected of a run before it was trained, beside what came of it; none where nothing was.
+
+    Time is steps times the median step on both sides, without the forming of groups, stalls and saving, which the clock
+    counts too. Money is that time on as many nodes, at the price that the run was told.
+    """
     try:
         planned = trained.workspace.resolve(_name(trained.manifest.fingerprint))
     except ArtifactError:
-        return ""
+        return None
     expected, metrics = planned.metrics["prediction"], trained.metrics
-    median, low, high = (expected["bits_per_byte"][key] for key in ("median", "low", "high"))
-    came = evaluated["bits_per_byte"]["model"]
-    took_s = metrics["tokens"] / metrics["tokens_per_s"]
-    return "\n".join(
-        [
-            f"Expected on {planned.manifest.created[:10]}, before it was trained ({planned.ref}), and what came",
-            f"  bits per byte  {median:.3f} ({low:.3f} to {high:.3f})  {came:.3f}  {came / median - 1:+.1%}",
-            f"  training       {format_s(expected['hours'] * 3600)}  {format_s(took_s)}  "
-            f"{took_s / (expected['hours'] * 3600) - 1:+.1%}",
-            f"  memory         {format_bytes(expected['peak_bytes'])}  {format_bytes(metrics['peak_bytes'])}  "
-            f"{metrics['peak_bytes'] / expected['peak_bytes'] - 1:+.1%}",
+    ledger = metrics.get("ledger", {})
+    wall_s, node_hours = ledger.get("wall_s") or 0.0, ledger.get("node_hours") or 0.0
+    nodes = node_hours * 3600 / wall_s if wall_s else 1.0
+    price = trained.manifest.config.get("pretrain", {}).get("usd_per_node_hour", 0.0)
+    came_s = metrics["tokens"] / metrics["tokens_per_s"]
+    bits = evaluated["bits_per_byte"]["model"]
+    row: dict[str, Any] = {
+        "ref": planned.ref,
+        "created": planned.manifest.created,
+        "bits_per_byte": {**expected["bits_per_byte"], **_beside(expected["bits_per_byte"]["median"], bits)},
+        "steps_s": {**_beside(expected["hours"] * 3600, came_s), "clock": wall_s or None},
+        "peak_bytes": _beside(expected["peak_bytes"], metrics["peak_bytes"]),
+    }
+    if price:
+        wanted_usd = expected["hours"] * planned.metrics.get("nodes", nodes) * price
+        row["usd"] = {**_beside(wanted_usd, came_s / 3600 * nodes * price), "clock": node_hours * price}
+    return row, _against_as_text(row, price)
+
+
+def _beside(expected: float, came: float) -> dict[str, float]:
+    return {"expected": expected, "came": came, "off_frac": came / expected - 1}
+
+
+def _against_as_text(row: Mapping[str, Any], price: float) -> str:
+    bits, steps, memory = row["bits_per_byte"], row["steps_s"], row["peak_bytes"]
+    clock = f"; by the clock {format_s(steps['clock'])}" if steps["clock"] else ""
+    lines = [
+        f"Expected on {row['created'][:10]}, before it was trained ({row['ref']}), and what came",
+        f"  bits per byte  {bits['expected']:.3f} ({bits['low']:.3f} to {bits['high']:.3f})  {bits['came']:.3f}  "
+        f"{bits['off_frac']:+.1%}",
+        f"  training       {format_s(steps['expected'])}  {format_s(steps['came'])}  {steps['off_frac']:+.1%}  "
+        f"(steps times the median step{clock})",
+        f"  memory         {format_bytes(memory['expected'])}  {format_bytes(memory['came'])}  "
+        f"{memory['off_frac']:+.1%}",
+    ]
+    if money := row.get("usd"):
+        lines += [
+            f"  money          ${money['expected']:,.2f}  ${money['came']:,.2f}  {money['off_frac']:+.1%}  "
+            f"(of that time, at ${price:g} a node-hour; by the clock ${money['clock']:,.2f})"
         ]
-    )
+    return "\n".join(lines)
 
 
-def _trained(config: ForgeConfig, rung: Run, stack: ExitStack) -> tuple[Run, str]:
-    """The rung with what was measured, and the artifact of its score."""
+def _trained(config: ForgeConfig, rung: Run, stack: ExitStack) -> tuple[Run, str, dict[str, Any]]:
+    """The rung with what was measured, the artifact of its score, and its ledger."""
     quiet = config.evaluate.replace(baselines=(), prompts=())
     job = config.replace(model=rung.model, pretrain=rung.config, evaluate=quiet)
     outcomes = pipeline.run(job, "evaluate", stack, named=False)
@@ -139,7 +180,7 @@ def _trained(config: ForgeConfig, rung: Run, stack: ExitStack) -> tuple[Run, str
         step_s=rung.step_tokens / trained.metrics["tokens_per_s"],
         peak_bytes=trained.metrics["peak_bytes"],
     )
-    return measured, scored.ref
+    return measured, scored.ref, trained.metrics["ledger"]
 
 
 def _name(trained: str) -> str:
@@ -165,14 +206,43 @@ def _as_text(row: Mapping[str, Any], rungs: list[Run], prediction: Prediction, r
     return "\n".join(lines)
 
 
-def _corpus_tokens(config: ForgeConfig) -> float:
-    """Tokens of the training documents: said, guessed from their bytes, or counted in the job's shards."""
+def _ladder(config: ForgeConfig, shards: Artifact) -> Artifact | None:
+    """The newest `plan fit` on these shards, of dense models with the job's context and optimizer."""
+    wanted = config.model_dump(mode="json")["pretrain"]
+    found = []
+    for ref in shards.workspace.refs_of_artifacts():
+        if ref.startswith(f"{STAGE}/"):
+            fitted = shards.workspace.get(ref)
+            trained = fitted.manifest.config["pretrain"]
+            alike = all(trained[name] == wanted[name] for name in ("seq_len", "optimizer", "mixture"))
+            dense = not fitted.manifest.config["model"]["num_experts"]
+            if fitted.manifest.inputs.get("tokenize") == shards.manifest.fingerprint and alike and dense:
+                found.append(fitted)
+    return max(found, key=lambda fitted: fitted.manifest.created, default=None)
+
+
+def _expecting(plan: Plan, fitted: Artifact) -> Plan:
+    """The plan with what a ladder expects of its options."""
+    from forge_ray.plan.fit import Ladder
+
+    ladder = Ladder.of(fitted.metrics)
+    options = []
+    for option in plan.options:
+        size = block_parameters(ModelConfig(depth=option.depth))
+        expected = ladder.expects(size, option.tokens, plan.corpus_tokens)
+        options.append(replace(option, bits_per_byte=expected))
+    return replace(plan, options=tuple(options), ladder=fitted.ref, spoken_for=ladder.spoken_for)
+
+
+def _corpus(config: ForgeConfig) -> tuple[float, Artifact | None]:
+    """Tokens of the training documents: said, guessed from their bytes, or counted in the job's shards, then those."""
     if config.plan.corpus_tokens or config.plan.corpus_bytes:
-        return config.plan.corpus_tokens or (config.plan.corpus_bytes or 0.0) / config.plan.bytes_per_token
+        return config.plan.corpus_tokens or (config.plan.corpus_bytes or 0.0) / config.plan.bytes_per_token, None
     if config.ingest.sources:
         planned = pipeline.plan(config, "tokenize")[-1]
         if planned.published:
-            return float(Workspace(config.workspace, config.cache_bytes).get(planned.ref).metrics["train_tokens"])
+            shards = Workspace(config.workspace, config.cache_bytes).get(planned.ref)
+            return float(shards.metrics["train_tokens"]), shards
     raise ConfigError(
         "a plan needs to know how much there is to train on",
         got="neither plan.corpus_tokens nor plan.corpus_bytes, nor token shards that are published",

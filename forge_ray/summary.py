@@ -38,7 +38,8 @@ def as_json(outcomes: Mapping[str, Outcome], **extra: Any) -> dict[str, Any]:
         }
         for name, o in outcomes.items()
     }
-    return {"stages": stages, **extra}
+    planned = _planned(outcomes)
+    return {"stages": stages, **({"planned": planned[0]} if planned else {}), **extra}
 
 
 def as_text(outcomes: Mapping[str, Outcome], workspace: str, answer: tuple[str, str] | None = None) -> str:
@@ -47,8 +48,8 @@ def as_text(outcomes: Mapping[str, Outcome], workspace: str, answer: tuple[str, 
     parts = [_learned(metrics["evaluate"])] if "evaluate" in metrics else []
     parts += [_curated(metrics["curate"])] if "curate" in metrics else []
     parts += [_trained(metrics)] if "pretrain" in metrics else []
-    if "evaluate" in metrics and (held := plan_verbs.against(outcomes["pretrain"].artifact, metrics["evaluate"])):
-        parts += [held]
+    if planned := _planned(outcomes):
+        parts += [planned[1]]
     parts += [_stages(outcomes, Storage(workspace).uri)]
     if answer:
         parts += [f"The endpoint, asked for {answer[0]!r}, answered:\n\n{_indent(answer[0] + answer[1])}"]
@@ -90,6 +91,13 @@ def command(verb: str, ref: str, workspace: str) -> str:
     if Storage(workspace).uri != Storage(ForgeConfig().workspace).uri:
         words += [f"--workspace={workspace}"]
     return shlex.join(words)
+
+
+def _planned(outcomes: Mapping[str, Outcome]) -> plan_verbs.Told | None:
+    """What `forge plan fit` expected of the run, beside what came."""
+    if "evaluate" not in outcomes:
+        return None
+    return plan_verbs.against(outcomes["pretrain"].artifact, outcomes["evaluate"].artifact.metrics)
 
 
 def _program() -> str:

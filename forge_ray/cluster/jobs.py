@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import secrets
@@ -214,6 +215,7 @@ def _client(record: Record) -> Iterator[Any]:
     with _reached(record) as url, _as_client_of(record):
         from ray.job_submission import JobSubmissionClient
 
+        logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of packages and sockets
         try:
             client = JobSubmissionClient(url)
         except ConnectionError as error:

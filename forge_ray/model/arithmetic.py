@@ -45,13 +45,47 @@ def train_flops_per_token(model: ModelConfig, vocab_size: int, seq_len: int) -> 
     return 6.0 * matrices + 12.0 * model.num_layers * attention * seq_len
 
 
-def state_bytes(model: ModelConfig, vocab_size: int, *, muon: bool) -> int:
+def newton_schulz_flops(model: ModelConfig) -> float:
+    """Floating-point operations of a step in which Muon orthogonalises all matrices of the blocks.
+
+    Source: Jordan et al. 2024: five rounds of three products.
+    """
+    d, attention, kv = model.d_model, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    width, copies = (model.expert_width, model.num_experts) if model.num_experts else (model.d_ff, 1)
+    block = 2 * newton_schulz_cost(d, attention) + 2 * newton_schulz_cost(d, kv)
+    return 10.0 * model.num_layers * (block + 3 * copies * newton_schulz_cost(d, width))
+
+
+def newton_schulz_cost(rows: int, columns: int) -> int:
+    """Multiplications of one round for a matrix of this shape."""
+    short, long = sorted((rows, columns))
+    return short * short * (2 * long + short)
+
+
+def state_bytes(model: ModelConfig, vocab_size: int, *, muon: bool, precision: str) -> int:
     """Memory of a worker that holds the whole state: weights, gradients and optimizer in fp32, and autocast's weights.
 
     AdamW keeps two moments for a parameter, Muon one for each matrix of a block; autocast bf16 weights for a step.
     """
     everything = num_parameters(model, vocab_size)
-    return (4 * 4 + 2) * everything - (4 * block_parameters(model) if muon else 0)
+    autocast = 0 if precision == "fp32" else 2
+    return (4 * 4 + autocast) * everything - (4 * block_parameters(model) if muon else 0)
+
+
+def sums_bytes(model: ModelConfig, vocab_size: int, slots: int, workers: int, *, exact: bool) -> int:
+    """Memory for sums of slots' gradients, beside the gradient of the slot under way (`elastic/slots.py`)."""
+    return 4 * num_parameters(model, vocab_size) * num_sums(slots, workers, exact=exact)
+
+
+def num_sums(slots: int, workers: int, *, exact: bool) -> int:
+    """Sums of slots' gradients that a worker holds at a time, at most.
+
+    Exact: one for each level of the tree over the worker's own slots. Fast: the copy that is sent to the others. Not
+    counted: in exact mode, what a worker holds more for the rest of a step in which another was lost.
+    """
+    if not exact:
+        return min(1, workers - 1)
+    return max(1, (-(-slots // workers) - 1).bit_length())
 
 
 def activation_bytes(
@@ -59,32 +93,41 @@ def activation_bytes(
     seq_len: int,
     sequences: int,
     *,
+    precision: str,
     cpu: bool = False,
     recompute: bool = False,
     compiled: bool = False,
 ) -> int:
-    """Memory that a forward pass under bf16 autocast keeps for its backward pass.
+    """Memory that a forward pass keeps for its backward pass, in fp32 or under bf16 autocast.
 
-    For a token and block: the stream before and after each norm (fp32) and as each product's input (bf16); queries and
-    keys in fp32 before and after their norm, with the values in bf16; four feed-forward tensors (bf16), and for each
-    expert that it takes its input, twice, and output (bf16). A compiled block keeps what products need and computes
-    the rest again. On a CPU attention by rows keeps its probabilities (bf16); elsewhere nothing grows with the square
-    of the length (SDPA).
+    For a token and block: the stream before and after each norm (fp32) and, under autocast, as each product's input
+    (bf16); queries and keys before and after their norm, with the values; four feed-forward tensors, and for each
+    expert that it takes its input, twice, and output. A compiled block keeps what products need and computes the rest
+    again. On a CPU attention by rows keeps its probabilities. Elsewhere (SDPA) each block keeps what may be seen, a
+    value for each pair of tokens.
     """
     d, attention, kv = model.d_model, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    size, autocast = (4, False) if precision == "fp32" else (2, True)
+    by_rows = cpu and seq_len <= LONGEST_BY_ROWS
     if compiled and not model.num_experts:
-        per_block = 14 * d + 6 * (attention + kv) + 6 * model.d_ff
+        per_block = 14 * d + 6 * (attention + kv) if autocast else 16 * d + 12 * (attention + kv)
+        per_block += 3 * size * model.d_ff
     else:
-        per_block = 26 * d + 12 * attention + 12 * kv
+        per_block = 26 * d + 12 * (attention + kv) if autocast else 24 * d + 16 * (attention + kv)
         if model.num_experts:
-            per_block += model.experts_per_token * (8 * model.expert_width + 6 * d) + 8 * model.num_experts
+            per_block += model.experts_per_token * (4 * size * model.expert_width + 6 * d) + 8 * model.num_experts
         else:
-            per_block += 8 * model.d_ff
-    if cpu and seq_len <= LONGEST_BY_ROWS:
-        per_block += model.num_heads * (seq_len + row_block(seq_len)) + (0 if compiled else 2 * (attention + kv))
+            per_block += 4 * size * model.d_ff
+    if by_rows:
+        per_block += size * model.num_heads * (seq_len + row_block(seq_len)) // 2
+        if not (compiled and autocast):
+            per_block += size * (attention + kv * autocast)
+    else:
+        per_block += size * seq_len
+    once = 8 * d + seq_len * (4 if by_rows else 1)  # the last norm, and the mask that all blocks are given
     if recompute:  # the blocks' inputs, and one block's inside at a time
-        return sequences * seq_len * (model.num_layers * 4 * d + per_block + 8 * d)
-    return sequences * seq_len * (model.num_layers * per_block + 8 * d)
+        return sequences * seq_len * (model.num_layers * 4 * d + per_block + once)
+    return sequences * seq_len * (model.num_layers * per_block + once)
 
 
 def row_block(seq_len: int) -> int:

@@ -5,8 +5,9 @@ Owns the arithmetic from measured rungs to a prediction. Running the rungs is `p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
@@ -16,10 +17,13 @@ from forge_ray.errors import DataError
 from forge_ray.model.arithmetic import (
     activation_bytes,
     block_parameters,
+    newton_schulz_flops,
     num_parameters,
     state_bytes,
+    sums_bytes,
     train_flops_per_token,
 )
+from forge_ray.plan.law import Estimate, Law
 
 MIN_RUNGS = 4
 # The exponent of size at a fixed number of tokens per parameter: 0.35 and 0.37 in Chinchilla's runs (arXiv 2404.10102,
@@ -28,6 +32,10 @@ _EXPONENT, _EXPONENT_SPREAD = 0.35, 0.12
 # Two runs that differ in their seed alone end up so far apart.
 _NOISE_FRAC = 0.004
 _DRAWS = 20_000
+# How far from the fitted runs a ladder still speaks: times the job's size, times its tokens per parameter either way.
+_BEYOND, _OFF_RATIO = 1.5, 2.0
+# Sequences of a slot below which one more or less is a jump.
+_COARSEST = 4
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Run:
     config: PretrainConfig
     vocab_size: int
     workers: int
+    precision: str = "bf16"
     bits_per_byte: float = 0.0
     step_s: float = 0.0
     peak_bytes: float = 0.0
@@ -61,32 +70,26 @@ class Run:
         return self.config.slots * self.config.micro_batch * self.config.seq_len
 
     def time_features(self) -> list[float]:
-        """What the seconds of a step are a weighted sum of: operations, calls of a layer, values of the state."""
+        """What the seconds of a step are a weighted sum of: operations, calls of a layer, values of the state, Muon."""
         flops = train_flops_per_token(self.model, self.vocab_size, self.config.seq_len) * self.step_tokens
         calls = self.config.slots * (self.model.num_layers + 1)
-        return [flops / self.workers, calls / self.workers, float(num_parameters(self.model, self.vocab_size))]
+        shared = [flops, calls] + [newton_schulz_flops(self.model)] * (self.config.optimizer.kind == "muon")
+        return [*(cost / self.workers for cost in shared), float(num_parameters(self.model, self.vocab_size))]
 
     def known_bytes(self) -> float:
         """The tensors that are known of: state, sums of gradients, a micro-batch's activations."""
         muon = self.config.optimizer.kind == "muon"
-        sums = 2 * 4 * num_parameters(self.model, self.vocab_size)
-        held = state_bytes(self.model, self.vocab_size, muon=muon) + sums
+        exact = self.config.reduction == "exact"
+        held = state_bytes(self.model, self.vocab_size, muon=muon, precision=self.precision)
+        held += sums_bytes(self.model, self.vocab_size, self.config.slots, self.workers, exact=exact)
         return held + activation_bytes(
             self.model,
             self.config.seq_len,
             self.config.micro_batch,
+            precision=self.precision,
             cpu=not self.config.gpus_per_worker,
             compiled=self.config.compile == "on",
         )
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A median, and the interval in which it lies with 90%."""
-
-    median: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def predict(rungs: Sequence[Run], target: Run) -> Prediction:
     """
     if len(rungs) < MIN_RUNGS:
         raise DataError("too few runs to predict from", got=len(rungs), wanted=f"at least {MIN_RUNGS}")
-    loss, exponent = _loss(rungs, target.size)
+    loss, exponent = _loss([run.size for run in rungs], [run.bits_per_byte for run in rungs], target.size)
     weights = _weights([run.time_features() for run in rungs], [run.step_s for run in rungs])
     step_s = float(np.dot(target.time_features(), weights))
     memory = _weights([[1e9, run.known_bytes()] for run in rungs], [run.peak_bytes for run in rungs])
@@ -119,14 +122,52 @@ def predict(rungs: Sequence[Run], target: Run) -> Prediction:
     )
 
 
-def _loss(rungs: Sequence[Run], size: float) -> tuple[Estimate, float]:
+@dataclass(frozen=True)
+class Ladder:
+    """What `forge plan fit` measured for a job, carried on to runs like that job's.
+
+    Sizes are parameters of blocks, the job's the last one; losses are the rungs'.
+    """
+
+    sizes: tuple[int, ...]
+    losses: tuple[float, ...]
+    tokens_per_parameter: float
+
+    @staticmethod
+    def of(row: Mapping[str, Any]) -> Ladder:
+        """From the metrics of its artifact."""
+        rungs = sorted(row["rungs"], key=lambda rung: rung["size"])
+        sizes = (*(rung["size"] for rung in rungs), row["size"])
+        return Ladder(sizes, tuple(rung["bits_per_byte"] for rung in rungs), row["tokens"] / row["size"])
+
+    @property
+    def spoken_for(self) -> tuple[float, float]:
+        """Smallest and largest size that it says something of."""
+        return self.sizes[0], self.sizes[-1] * _BEYOND
+
+    def expects(self, size: float, tokens: float, corpus_tokens: float) -> Estimate | None:
+        """Bits per byte of a run of this size; none where it is not near those that were fitted.
+
+        Other tokens per parameter than the ladder's move the median by what the published law says they do, and the
+        interval holds both, with and without that.
+        """
+        low, high = self.spoken_for
+        fitted = self.tokens_per_parameter * size
+        if not (low <= size <= high and 1 / _OFF_RATIO <= tokens / fitted <= _OFF_RATIO):
+            return None
+        found, _ = _loss(self.sizes[:-1], self.losses, size)
+        law = Law()
+        by = law.loss(size, tokens, corpus_tokens) / law.loss(size, fitted, corpus_tokens)
+        return Estimate(found.median * by, found.low * min(1.0, by), found.high * max(1.0, by))
+
+
+def _loss(sizes: Sequence[float], losses: Sequence[float], size: float) -> tuple[Estimate, float]:
     """Loss = floor + scale / size^exponent: all curves that pass near the rungs, each weighted by how near.
 
     The floor and the scale are never negative; the exponent has a prior, because a few points hardly tell it from the
     floor.
     """
-    sizes = np.array([run.size for run in rungs], dtype=float)
-    losses = np.array([run.bits_per_byte for run in rungs])
+    sizes, losses = np.array(sizes, dtype=float), np.array(losses)
     generator = np.random.default_rng(0)
     exponents = generator.normal(_EXPONENT, _EXPONENT_SPREAD, _DRAWS).clip(0.05, 1.0)
     floors = generator.uniform(0.0, losses.min(), _DRAWS)
@@ -135,7 +176,7 @@ def _loss(rungs: Sequence[Run], size: float) -> tuple[Estimate, float]:
     scales = (shapes * (losses - floors[:, None]) / losses**2).sum(1) / (shapes**2 / losses**2).sum(1)
     fitted = floors[:, None] + scales[:, None] * shapes
     misfit = (((fitted - losses) / losses) ** 2).sum(1)
-    noise = max(_NOISE_FRAC, float(np.sqrt(misfit.min() / max(1, len(rungs) - 3))))
+    noise = max(_NOISE_FRAC, float(np.sqrt(misfit.min() / max(1, len(sizes) - 3))))
     weight = np.exp(-0.5 * (misfit - misfit.min()) / noise**2)
     weight /= weight.sum()
     at_size = floors + scales * (size / sizes.max()) ** -exponents
@@ -157,15 +198,17 @@ def _weights(features: Sequence[Sequence[float]], measured: Sequence[float]) -> 
 def smaller(target: Run, frac: float) -> Run:
     """A run with this share of the target's parameters and tokens, in the same proportions, or as near as shapes go.
 
-    The batch shrinks with the tokens to the power of 0.383, as the best one does (`law.best_batch_tokens`).
+    The batch shrinks with the tokens to the power of 0.383, as the best one does (`law.best_batch_tokens`), but to no
+    fewer than four sequences in a slot: from two to one a rung would take more steps than the one above it.
     """
     model = _shrunk(target.model, frac)
     real = block_parameters(model) / target.size
-    micro_batch = max(1, round(target.config.micro_batch * real**0.383))
+    whole = target.config.micro_batch
+    micro_batch = max(min(whole, _COARSEST), round(whole * real**0.383))
     tokens = target.tokens * real
     steps = max(1, round(tokens / (target.config.slots * micro_batch * target.config.seq_len)))
     config = target.config.replace(micro_batch=micro_batch, steps=steps)
-    return Run(model, config, target.vocab_size, target.workers)
+    return Run(model, config, target.vocab_size, target.workers, target.precision)
 
 
 def _shrunk(model: ModelConfig, frac: float) -> ModelConfig:
@@ -176,7 +219,7 @@ def _shrunk(model: ModelConfig, frac: float) -> ModelConfig:
         for d_model in range(32, model.d_model + 1, 16):
             shape = _scaled(model, num_layers, d_model)
             off = abs(np.log(block_parameters(shape) / wanted))
-            found.append((off > 0.1, abs(np.log(d_model / num_layers / aspect)) + off, num_layers, d_model))
+            found.append((off > 0.15, abs(np.log(d_model / num_layers / aspect)) + off, num_layers, d_model))
     _, _, num_layers, d_model = min(found)
     return _scaled(model, num_layers, d_model)
 

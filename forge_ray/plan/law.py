@@ -11,6 +11,15 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A median, and the interval in which it lies with 90%."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Law:
     """Loss in nats per token: floor + a / N^alpha + b / D^beta, for N parameters and D tokens.
 

@@ -18,17 +18,25 @@ def as_text(plan: Plan) -> str:
     head = [
         f"{plan.corpus_tokens:,.0f} tokens of training documents. Best within the limits:",
         "",
-        f"  model     {_short(best.parameters)} parameters, depth {best.depth}",
+        f"  model     {_short(best.parameters)} parameters, depth {best.depth}, "
+        f"with a vocabulary of {best.vocab_size:,} entries",
         f"  training  {_short(best.tokens)} tokens ({best.epochs:.2f} passes) in {best.steps:,} steps of "
         f"{best.slots} x {best.micro_batch} x {best.seq_len}",
-        f"  machines  {best.nodes} x {best.machine} ({best.market}), {best.workers} workers, {best.sharding}, "
+        f"  machines  {best.nodes} x {best.machine} ({best.market}), "
+        f"{best.workers} workers, {best.sharding}, {best.reduction}, "
         f"{best.memory_gib:.1f} GiB on each",
         f"  time      {_hours(best.hours)}{_taken_away(best)}",
         f"  money     ${best.train_usd:,.2f} to train{_served(best)}",
         f"  endpoint  ${best.serving.usd_per_million_tokens:.3g} a million tokens on {best.serving.machine} at full "
         f"load, {best.serving.ms_per_token:.2g} ms a token at least",
     ]
+    if best.bits_per_byte:
+        head += [
+            f"  expected  {_expected(best)} bits per byte on held-out documents, the interval with 90% ({plan.ladder})"
+        ]
+    fitted = [o.bits_per_byte for o in plan.options if o.bits_per_byte]
     rows = [("machine", "market", "parameters", "tokens", "time", "training", "in all")]
+    rows[0] += ("bits per byte",) * bool(fitted)
     rows += [
         (
             f"{o.nodes} x {o.machine}",
@@ -38,6 +46,7 @@ def as_text(plan: Plan) -> str:
             _hours(o.hours),
             f"${o.train_usd:,.2f}",
             f"${o.usd:,.2f}",
+            *([_expected(o)] * bool(fitted)),
         )
         for o in plan.options[:_SHOWN]
     ]
@@ -49,8 +58,8 @@ def as_text(plan: Plan) -> str:
     table += [f"  and {more} more: --json lists all"] if more > 0 else []
     notes = [
         f"List prices of {plan.prices_as_of}; spot prices are round figures (plan.prices takes a file of yours).",
-        "Sizes are ranked by a law of web text (arXiv 2404.10102, 2305.16264), which does not know your documents: no "
-        "loss is promised.",
+        "Sizes are ranked by a law of web text alone (arXiv 2404.10102, 2305.16264): it does not know your documents.",
+        _ladder(plan),
     ]
     parts = ["\n".join(head), "\n".join(table), "\n".join(notes)]
     return "\n\n".join([f"NO: {plan.advice}", *parts] if plan.advice else parts)
@@ -73,6 +82,23 @@ def write_job(option: Option, path: str) -> None:
         raise StorageError(
             f"the plan cannot be written: {error.strerror}", got=path, do="choose another --out"
         ) from None
+
+
+def _ladder(plan: Plan) -> str:
+    """What is known of the loss on the job's own documents."""
+    if not plan.ladder:
+        return "No loss is promised: `forge plan fit` with your job predicts one from small runs on its documents."
+    low, high = (_short(size) for size in plan.spoken_for)
+    none = "" if any(o.bits_per_byte for o in plan.options) else " No option is near those, so no loss is promised."
+    return (
+        f"Bits per byte are what {plan.ladder} expects, small runs on these documents: it speaks for {low} to {high} "
+        f"parameters in blocks, and for at most twice or half as many tokens for each as the job has.{none}"
+    )
+
+
+def _expected(option: Option) -> str:
+    found = option.bits_per_byte
+    return f"{found.median:.3f} ({found.low:.3f} to {found.high:.3f})" if found else "-"
 
 
 def _short(number: float) -> str:

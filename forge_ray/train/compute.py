@@ -15,6 +15,7 @@ import torch
 from forge_ray.data.loader import SlotLoader
 from forge_ray.errors import ForgeError, TrainError
 from forge_ray.model import fp8
+from forge_ray.model.arithmetic import num_sums
 from forge_ray.model.transformer import Transformer
 from forge_ray.train import compiled, fitting, loop
 from forge_ray.train.elastic.coordinator import LOST_EXIT
@@ -154,10 +155,12 @@ def _worker(spec: RunSpec, fit: Fit, device: torch.device, loader: SlotLoader | 
 def _fit(spec: RunSpec, device: torch.device) -> Fit:
     def attempt(fit: Fit) -> None:
         worker = _worker(spec, fit, device, None)
+        if worker.sums.exact:  # else the copy for the others is made when activations are gone
+            worker.sums.reserve(num_sums(spec.config.slots, spec.config.min_workers, exact=True))
         loop.backward(worker, torch.zeros((spec.config.micro_batch, spec.config.seq_len + 1), dtype=torch.int64))
         worker.sums.add(0)
 
-    return fitting.choose(spec.model, spec.config, spec.vocab_size, device, attempt)
+    return fitting.choose(spec.model, spec.config, spec.vocab_size, spec.precision, device, attempt)
 
 
 def _matrix_units() -> str:

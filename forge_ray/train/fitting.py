@@ -18,7 +18,7 @@ import psutil
 
 from forge_ray.config import ModelConfig, PretrainConfig
 from forge_ray.errors import TrainError
-from forge_ray.model.arithmetic import activation_bytes, num_parameters, state_bytes
+from forge_ray.model.arithmetic import activation_bytes, state_bytes, sums_bytes
 from forge_ray.telemetry import format_bytes
 
 if TYPE_CHECKING:
@@ -46,11 +46,17 @@ def ways(config: PretrainConfig) -> Iterator[Fit]:
 
 
 def choose(
-    model: ModelConfig, config: PretrainConfig, vocab_size: int, device: torch.device, attempt: Callable[[Fit], None]
+    model: ModelConfig,
+    config: PretrainConfig,
+    vocab_size: int,
+    precision: str,
+    device: torch.device,
+    attempt: Callable[[Fit], None],
 ) -> Fit:
     """The fastest way that fits.
 
     Args:
+        precision: `bf16`, `fp32` or `fp8`; not `auto`.
         attempt: Takes a step's forward and backward pass in this way on the device; only called on a GPU.
 
     Raises:
@@ -59,7 +65,7 @@ def choose(
     if config.sharding == "fsdp":  # shares the state out: its own arithmetic is the planner's
         return next(ways(config))
     if device.type == "cpu":
-        free, needed = _share_of_memory(config), lambda fit: cpu_bytes(model, config, vocab_size, fit)
+        free, needed = _share_of_memory(config), lambda fit: cpu_bytes(model, config, vocab_size, precision, fit)
         fitting = (fit for fit in ways(config) if needed(fit) <= free)
     else:
         free, needed = 0, lambda fit: 0
@@ -76,11 +82,13 @@ def choose(
     )
 
 
-def cpu_bytes(model: ModelConfig, config: PretrainConfig, vocab_size: int, fit: Fit) -> int:
-    """What a worker needs: its process, the state, sums of slots, and activations."""
-    sums = 4 * num_parameters(model, vocab_size) * (2 + config.slots.bit_length() if config.reduction == "exact" else 1)
-    state = state_bytes(model, vocab_size, muon=config.optimizer.kind == "muon")
-    kept = activation_bytes(model, config.seq_len, fit.at_once, cpu=True, recompute=fit.recompute)
+def cpu_bytes(model: ModelConfig, config: PretrainConfig, vocab_size: int, precision: str, fit: Fit) -> int:
+    """What a worker needs, be there as few as there may: its process, the state, sums of slots, and activations."""
+    exact = config.reduction == "exact"
+    workers = config.min_workers if exact else config.max_workers
+    sums = sums_bytes(model, vocab_size, config.slots, workers, exact=exact)
+    state = state_bytes(model, vocab_size, muon=config.optimizer.kind == "muon", precision=precision)
+    kept = activation_bytes(model, config.seq_len, fit.at_once, precision=precision, cpu=True, recompute=fit.recompute)
     return _PROCESS_BYTES + state + sums + kept
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from forge_ray.config import AdamWConfig, MuonConfig, PretrainConfig
+from forge_ray.model.arithmetic import newton_schulz_cost
 from forge_ray.train.elastic.group import Group
 
 
@@ -143,8 +144,7 @@ def ahead(grad: Tensor, momentum: Tensor, group: dict[str, Any]) -> Tensor:
 
 
 def _cost(matrix: Tensor) -> int:
-    short, long = sorted(matrix.shape)
-    return int(short * short * (2 * long + short))
+    return newton_schulz_cost(*matrix.shape)
 
 
 def rate_frac(step: int, config: PretrainConfig) -> float:

@@ -45,6 +45,7 @@ def test_help_can_be_run_as_a_module(repository: Path) -> None:
 
 
 LIGHT = ["config", "settings", "errors", "artifact", "storage", "telemetry", "pipeline", "doctor", "summary"]
+LIGHT += ["plan_verbs", "plan.planner", "plan.fit", "model.arithmetic"]
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -56,3 +57,8 @@ def test_light_modules_load_no_framework(repository: Path, module: str) -> None:
 @pytest.mark.parametrize("verb", ["run", "pretrain", "serve"])
 def test_a_dry_run_of_the_demo_loads_no_framework(repository: Path, verb: str) -> None:
     assert _loaded(_RUN_AND_TELL, verb, "jobs/demo.yaml", "--dry-run", cwd=repository) & ML == set()
+
+
+def test_a_plan_loads_no_framework(repository: Path) -> None:
+    words = ("plan", "--plan.usd", "500", "--plan.corpus_bytes", "8e9")
+    assert _loaded(_RUN_AND_TELL, *words, cwd=repository) & ML == set()

@@ -23,6 +23,7 @@ import pytest
 EXECUTION = "ray.train.v2._internal.execution"
 PLACEMENT, SCALING = "train/nodes/placement.py", "train/nodes/scaling.py"
 ENGINE, REPLICA = "serve/engine.py", "serve/replica.py"
+CHECKS, LAUNCHER = "cluster/checks.py", "cluster/launcher.py"
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,16 @@ USES = [
         "OpenAIHTTPException",
         REPLICA,
         "answer with OpenAI's form of errors",
+    ),
+    Use("ray.autoscaler._private.util", "prepare_config", CHECKS, "see what the launcher makes of a file", "config"),
+    Use("ray.autoscaler._private.util", "validate_config", CHECKS, "refuse what the launcher would refuse", "config"),
+    Use("ray.autoscaler._private.commands", "_bootstrap_config", LAUNCHER, "ask a cloud what is left", "config"),
+    Use(
+        "ray.autoscaler._private.providers",
+        "_get_node_provider",
+        LAUNCHER,
+        "ask a cloud what is left",
+        "provider_config, cluster_name, use_cache",
     ),
 ]
 OF_TRAINING = [use for use in USES if use.used_in.startswith("train/")]

@@ -15,7 +15,9 @@ import pytest
 
 from forge_ray import cli, pipeline
 from forge_ray.artifact import Manifest, Workspace
+from forge_ray.config import ForgeConfig, ModelConfig
 from forge_ray.errors import ConfigError, ForgeError
+from forge_ray.model.arithmetic import block_parameters
 from forge_ray.words import OTHER_VERBS, STAGE_VERBS
 
 
@@ -351,7 +353,7 @@ def test_a_plan_is_told_and_written(forge: Forge, tmp_path: Path) -> None:
     assert out.startswith("2,000,000,000 tokens of training documents.")
     assert out.endswith(f"written to {tmp_path}/plan.yaml\n")
     best = json.loads(forge(*words, "--json")[1])["options"][0]
-    assert f"depth {best['depth']}\n" in out
+    assert f"depth {best['depth']}, with a vocabulary of {best['vocab_size']:,} entries\n" in out
     assert best["usd"] <= 100
 
 
@@ -366,3 +368,34 @@ def test_a_plan_counts_the_jobs_own_tokens(forge: Forge, job: Path, workspace: W
         stage, _, name = ref.partition("/")
         workspace.publish(Manifest(stage=stage, fingerprint=name, files=(), metrics={"train_tokens": 123_456_789}))
     assert forge("plan", job, "--plan.usd", "100")[1].startswith("123,456,789 tokens of training documents.")
+
+
+def test_a_plan_tells_what_the_jobs_ladder_expects(forge: Forge, job: Path, workspace: Workspace) -> None:
+    for ref in _refs(forge, "tokenize", job):
+        stage, _, name = ref.partition("/")
+        workspace.publish(Manifest(stage=stage, fingerprint=name, files=(), metrics={"train_tokens": 123_456_789}))
+    words = ("plan", job, "--plan.usd", "2")
+    _, out, _ = forge(*words)
+    assert "No loss is promised" in out
+    best = json.loads(forge(*words, "--json")[1])["options"][0]
+    size = block_parameters(ModelConfig(depth=best["depth"]))
+    rungs = [{"size": size * frac, "bits_per_byte": 1 + 0.1 * frac**-0.3} for frac in (0.05, 0.1, 0.15, 0.2, 0.25)]
+    fitted = {"size": size, "tokens": best["tokens"], "rungs": rungs}
+    tokenized = _refs(forge, "tokenize", job)[-1].partition("/")[2]
+    config = ForgeConfig().model_dump(mode="json")
+    longer = {**config, "pretrain": {**config["pretrain"], "seq_len": 512}}
+    for name, of, made_with in (("a", tokenized, config), ("b", "0" * 16, config), ("c", tokenized, longer)):
+        found = Manifest("plan", name * 16, (), config=made_with, inputs={"tokenize": of}, metrics=fitted)
+        workspace.publish(found)
+    _, out, _ = forge(*words)
+    assert "\n  expected  1." in out
+    assert f"(plan/{'a' * 16})" in out
+    assert "No loss is promised" not in out
+    (option, *_) = json.loads(forge(*words, "--json")[1])["options"]
+    expected = option["bits_per_byte"]
+    assert expected["median"] == pytest.approx(1.1, rel=0.03)
+    assert expected["low"] < 1.1 < expected["high"]
+    _, out, _ = forge(*words, "--model.depth", "3")
+    assert "No option is near those" in out
+    _, out, _ = forge(*words, "--plan.corpus_tokens", "123456789")
+    assert "No loss is promised" in out, "another corpus than the ladder's"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,65 @@ def test_a_general_model_that_sees_another_length_says_so(tmp_path: Path, contex
         "samples": [],
     }
     assert f"SmolLM2-135M-Instruct {label}" in summary._learned(metrics)
+
+
+@pytest.fixture
+def foretold(tmp_path: Path) -> Callable[..., dict[str, Outcome]]:
+    """A finished run of which something was expected."""
+
+    def make(price: float = 0.0, planned: bool = True) -> dict[str, Outcome]:
+        workspace = Workspace(str(tmp_path / f"{price}{planned}"))
+        metrics = {
+            "pretrain": {
+                "tokens": 36_000_000,
+                "tokens_per_s": 10_000.0,
+                "peak_bytes": 1_100_000_000,
+                "parameters": 1,
+                "epochs": 1.0,
+                "precision": "fp32",
+                "vocab_size": 1,
+                "ledger": {"wall_s": 4500.0, "node_hours": 2.5},
+            },
+            "tokenizer": {"heldout_bytes_per_token": 4.0},
+            "evaluate": {
+                "bits_per_byte": {"model": 1.05},
+                "skipped": {},
+                "heldout_bytes": 1,
+                "context_tokens": 1,
+                "heldout_seen_frac": 0.0,
+                "samples": [],
+            },
+        }
+        config = {"pretrain": {"usd_per_node_hour": price}}
+        manifests = [Manifest(stage, "a" * 16, (), config=config, metrics=found) for stage, found in metrics.items()]
+        expected = {"bits_per_byte": {"median": 1.0, "low": 0.9, "high": 1.1}, "hours": 0.8, "peak_bytes": 1e9}
+        fitted = Manifest("plan", "b" * 16, (), metrics={"prediction": expected, "nodes": 2.0})
+        workspace.publish(fitted)
+        if planned:
+            workspace.set_ref(f"planned/{'a' * 16}", fitted.ref)
+        return {m.stage: Outcome(Artifact(workspace, m), skipped=False, wall_s=0.0) for m in manifests}
+
+    return make
+
+
+def test_what_was_expected_stands_beside_what_came(foretold: Callable[..., dict[str, Outcome]]) -> None:
+    outcomes = foretold(price=3.0)
+    row = summary.as_json(outcomes)["planned"]
+    assert row["ref"] == f"plan/{'b' * 16}"
+    assert row["bits_per_byte"]["off_frac"] == pytest.approx(0.05)
+    assert (row["steps_s"]["expected"], row["steps_s"]["came"], row["steps_s"]["clock"]) == (2880, 3600, 4500)
+    assert row["peak_bytes"]["off_frac"] == pytest.approx(0.1)
+    assert row["usd"] == pytest.approx({"expected": 4.8, "came": 6.0, "off_frac": 0.25, "clock": 7.5})
+    text = summary.as_text(outcomes, "here")
+    assert "  bits per byte  1.000 (0.900 to 1.100)  1.050  +5.0%\n" in text
+    assert "+25.0%  (steps times the median step; by the clock 1 h 15 min)" in text
+    assert "  money          $4.80  $6.00  +25.0%  (of that time, at $3 a node-hour; by the clock $7.50)" in text
+
+
+def test_without_a_price_no_money_and_without_a_prediction_nothing_is_told(
+    foretold: Callable[..., dict[str, Outcome]],
+) -> None:
+    assert "usd" not in summary.as_json(foretold())["planned"]
+    assert "  money" not in summary.as_text(foretold(), "here")
+    assert "planned" not in summary.as_json(foretold(planned=False))
+    assert "Expected on" not in summary.as_text(foretold(planned=False), "here")

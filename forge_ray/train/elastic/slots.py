@@ -115,8 +115,8 @@ class SlotSums:
         exact: Keep sums of nodes; else one sum, which stays in `values`.
 
     Cost: Exact mode holds one more buffer of the model's size for each node, and while it computes 2**k slots of one
-    node up to k of them; buffers are used again. A slot costs about three passes over such a buffer: 4 ms of CPU time
-    with 10 M parameters.
+    node up to k of them (`arithmetic.num_sums`); buffers are used again. A slot costs about three passes over such a
+    buffer: 4 ms of CPU time with 10 M parameters.
     """
 
     def __init__(self, model: nn.Module, num_scalars: int, *, exact: bool = True) -> None:
@@ -147,6 +147,10 @@ class SlotSums:
         """Takes a scalar of the tail out of all that is held: what it counted no longer holds."""
         for values in (self.values, *self._tree.values()):
             values[len(self.gradients) + index] = 0.0
+
+    def reserve(self, count: int) -> None:
+        """Makes room for so many sums at a time, before any is needed."""
+        self._spare += [torch.empty_like(self.values) for _ in range(count - len(self._spare) - len(self._tree))]
 
     def held(self) -> tuple[Node, ...]:
         """The nodes whose sums are here."""

@@ -7,6 +7,7 @@ import torch
 
 from forge_ray.config import ModelConfig
 from forge_ray.errors import CorruptError
+from forge_ray.model import transformer
 from forge_ray.model.arithmetic import activation_bytes, num_parameters, train_flops_per_token
 from forge_ray.model.transformer import Transformer, document_mask, load_weights
 
@@ -47,23 +48,31 @@ def test_arithmetic_counts_the_real_operations(shape: dict[str, object]) -> None
     assert counter.get_total_flops() / T == train_flops_per_token(model.config, VOCAB, T)
 
 
-@pytest.mark.parametrize(("depth", "experts", "cpu"), [(2, 0, False), (4, 0, True), (4, 8, True), (4, 8, False)])
-def test_arithmetic_counts_the_real_memory_of_activations(depth: int, experts: int, cpu: bool) -> None:
-    T = 320  # no tensor of activations has the shape of a matrix then
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(("depth", "experts", "rows"), [(2, 0, False), (4, 0, True), (4, 8, True), (4, 8, False)])
+def test_arithmetic_counts_the_real_memory_of_activations(
+    depth: int, experts: int, rows: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    B, T = 2, 320  # no tensor of activations has the shape of a matrix then
+    if not rows:
+        monkeypatch.setattr(transformer, "LONGEST_BY_ROWS", T - 1)
     model = Transformer(ModelConfig(depth=depth, num_experts=experts), VOCAB, T).initialise(0)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     weights = {shape for p in model.parameters() if p.ndim == 2 for shape in (p.shape, p.shape[::-1])}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.shape not in weights and tensor.shape != (2, 1, T, T):  # autocast's; what may be seen
+        if tensor.shape not in weights:  # autocast's
             kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-        model.hidden(tokens(2, T), document_mask(tokens(2, T), END) if cpu else None)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast:
+        model.hidden(tokens(B, T), document_mask(tokens(B, T), END))
     real = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own)
-    assert activation_bytes(model.config, T, 2, cpu=cpu) == pytest.approx(real, rel=0.05)
+    real += B * T * T * (4 if rows else 1)  # the mask that all blocks are given
+    told = activation_bytes(model.config, T, B, precision=precision, cpu=rows)
+    assert told == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from forge_ray import prices
 from forge_ray.config import ForgeConfig
 from forge_ray.config.train import shape_of
 from forge_ray.errors import ConfigError
-from forge_ray.model.arithmetic import num_parameters, train_flops_per_token
+from forge_ray.model.arithmetic import num_parameters, state_bytes, train_flops_per_token
 from forge_ray.plan import planner, text
 from forge_ray.plan.law import Law
 from forge_ray.plan.planner import Plan
@@ -72,6 +74,28 @@ def test_more_money_buys_a_lower_loss_until_the_corpus_ends() -> None:
     assert rich[0].epochs == pytest.approx(4, rel=0.01)
 
 
+@pytest.mark.parametrize("market", ["spot", "on-demand"])
+def test_every_option_fits_with_all_that_the_run_holds(market: str) -> None:
+    """README's first plan: at 1.2 billion parameters each sum of slots is 5 GB."""
+    config = ForgeConfig.model_validate(
+        {
+            "plan": {"usd": 500, "market": market},
+            "tokenizer": {"vocab_size": 32768},
+            "pretrain": {"seq_len": 2048},
+        }
+    )
+    listed = prices.read(None)
+    for option in planner.make(config, listed, CORPUS).options:
+        if option.sharding == "fsdp":
+            continue
+        chip = listed.chips[listed.machines[option.machine].chip]
+        shape = ForgeConfig.model_validate({"model": {"depth": option.depth}}).model
+        mine = max(2, option.slots // option.min_workers)
+        sums = math.log2(mine) if option.reduction == "exact" else 0
+        held = state_bytes(shape, 32768, muon=True, precision="bf16") + 4 * option.parameters * sums
+        assert held / 2**30 < option.memory_gib <= 0.8 * chip.memory_gib
+
+
 def test_who_serves_much_gets_a_smaller_model() -> None:
     idle, busy = (made(usd=1000, served_tokens=served).options[0] for served in (0, 3e10))
     assert busy.parameters < idle.parameters
@@ -109,6 +133,18 @@ def test_a_small_corpus_or_budget_is_told_to_adapt_an_open_model() -> None:
     assert text.as_text(made(corpus_tokens=3e6, usd=100)).startswith("NO: Adapting an open model")
 
 
+def test_the_evidence_against_is_what_readme_says() -> None:
+    told = made(corpus_tokens=3e6, usd=100).advice
+    assert not re.search(r"\b\d\.\d+", told), "figures are README's, where they are kept true"
+    readme = Path("README.md").read_text(encoding="utf-8")
+    ours = re.search(r"documents, (\d+)-token windows.*\n\s+this model +(\d\.\d+)", readme)
+    general = re.search(r"in windows of ([\d,]+)\n\(.*\) it came to (\d\.\d+)", readme)
+    assert ours
+    assert general
+    assert float(general[2]) < float(ours[2])
+    assert f"ours in windows of {ours[1]} tokens, SmolLM2 in windows of {general[1]};" in told
+
+
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
@@ -118,6 +154,7 @@ def test_a_small_corpus_or_budget_is_told_to_adapt_an_open_model() -> None:
         ({"usd": 100, "market": "spot", "machines": ("onprem",)}, "a machine on the spot market"),
         ({"usd": 100, "served_tokens": 1e13}, "serving 10,000,000,000,000 tokens costs that alone"),
         ({"usd": 100, "max_ms_per_token": 1e-9}, "plan.max_ms_per_token of"),
+        ({"usd": 100, "model": {"num_experts": 8}}, "plan with --model.num_experts 0"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_what_would_do(limits: dict[str, Any], said: str) -> None:
@@ -154,15 +191,27 @@ def test_prices_of_ones_own_replace_ours(tmp_path: Path) -> None:
     assert "no such file" in refused(usd=1, prices=str(tmp_path / "none.yaml")).lower()
 
 
-def test_the_written_plan_lies_over_any_job_and_trains_what_was_planned(tmp_path: Path) -> None:
-    option = made(usd=100).options[0]
-    path = tmp_path / "plan.yaml"
+@pytest.mark.parametrize("theirs", [{}, {"depth": 3}, {"num_layers": 3, "d_ff": 96}, {"num_experts": 8}], ids=str)
+def test_the_written_plan_lies_over_any_job_and_trains_what_was_planned(tmp_path: Path, theirs: dict[str, Any]) -> None:
+    option = made(usd=100, model={"tied_embeddings": False}).options[0]
+    job, path = tmp_path / "job.yaml", tmp_path / "plan.yaml"
+    job.write_text(yaml.safe_dump({"tokenizer": {"vocab_size": 512}, "model": theirs}))
     text.write_job(option, str(path))
-    config = resolve(["jobs/demo.yaml", path], ["--tokenizer.vocab_size=16384"], {}).config
+    config = resolve([job, path], [], {}).config
     assert num_parameters(config.model, 16384) == option.parameters
     assert config.model.num_layers == shape_of(option.depth)["num_layers"]
     batch = config.pretrain.slots * config.pretrain.micro_batch * config.pretrain.seq_len
     assert config.pretrain.steps * batch == option.tokens
+
+
+def test_a_plan_for_one_worker_lies_over_a_job_that_wants_two(tmp_path: Path) -> None:
+    job, path = tmp_path / "job.yaml", tmp_path / "plan.yaml"
+    job.write_text("pretrain: {min_workers: 2, max_workers: 2}")
+    one, many = (made(usd=100, machines=(name,)).options[0] for name in ("aws/g6.xlarge", "aws/p5.48xlarge"))
+    for option, fewest in ((one, 1), (many, 4)):
+        text.write_job(option, str(path))
+        pretrain = resolve([job, path], [], {}).config.pretrain
+        assert (pretrain.min_workers, pretrain.max_workers) == (fewest, option.workers)
 
 
 def test_the_law_is_the_published_one() -> None:

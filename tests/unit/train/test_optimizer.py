@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from forge_ray.config import AdamWConfig, ModelConfig, MuonConfig, PretrainConfig
+from forge_ray.model.arithmetic import newton_schulz_flops
 from forge_ray.model.transformer import Transformer
 from forge_ray.train.elastic.group import Group
 from forge_ray.train.optimizer import Optimizer, rate_frac, shared_out
@@ -145,3 +146,14 @@ def test_newton_schulz_is_shared_out_evenly_and_alike() -> None:
     costs = [sum(min(m.shape) ** 2 * (2 * max(m.shape) + min(m.shape)) for m in share) for share in shares]
     assert max(costs) < 1.25 * sum(costs) / 4
     assert [len(share) for share in shared_out(matrices[:2], 4)] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_arithmetic_counts_the_operations_of_newton_schulz(experts: int) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = build(num_experts=experts)
+    optimizer = Optimizer(model, CONFIGS["muon"])
+    with FlopCounterMode(display=False) as counter:
+        train(model, optimizer, range(1))
+    assert counter.get_total_flops() == newton_schulz_flops(model.config)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from forge_ray.model.arithmetic import num_sums
 from forge_ray.train.elastic import slots as slots_module
 from forge_ray.train.elastic.group import Group, GroupLost
 from forge_ray.train.elastic.slots import Assignment, Node, SlotSums, assign, nodes_of, reduce, slots_of
@@ -317,3 +318,24 @@ def test_a_worker_that_dies_in_the_reduction_costs_its_own_slots_only(
             assert digest(values) == digest(wanted)
         else:
             assert float((values - wanted).norm() / wanted.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4, 8, 16, 64])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_arithmetic_counts_the_sums_that_are_held(slots: int, workers: int) -> None:
+    computer = Computer()
+    for slot in assign([()] * workers, slots).slots[0]:
+        computer.sums.add(slot)
+    held = len(computer.sums._tree) + len(computer.sums._spare)
+    told = num_sums(slots, workers, exact=True)
+    assert told == held if workers < 3 else held <= told <= held + 1
+
+
+def test_room_that_is_reserved_is_used() -> None:
+    computer = Computer()
+    computer.sums.reserve(4)
+    own = {tensor.data_ptr() for tensor in computer.sums._spare}
+    computer.add(range(16))
+    assert {t.data_ptr() for t in (*computer.sums._spare, *computer.sums._tree.values())} == own
+    computer.sums.reserve(4)
+    assert len(computer.sums._spare) == 3
