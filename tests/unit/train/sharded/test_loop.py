@@ -194,10 +194,10 @@ def test_a_worker_that_cannot_compute_dies_of_its_own_error_and_the_others_of_it
 ) -> None:
     compute = ShardedWorker.compute
 
-    def wrong(self: ShardedWorker, position: int, votes: Any) -> tuple[float, float, list[float]]:
+    def wrong(self: ShardedWorker, position: int, *rest: Any) -> tuple[float, float, list[float]]:
         if position == 2 and self.rank == 1:
             torch.ones(2) @ torch.ones(3)
-        return compute(self, position, votes)
+        return compute(self, position, *rest)
 
     monkeypatch.setattr(ShardedWorker, "compute", wrong)
     logs = runs().group([0, 1, 2])
@@ -229,8 +229,8 @@ def test_what_the_guardian_decides_is_done_on_all_workers(runs: Callable[..., Ru
     wild = runs(checkpoints_kept=100, guard={"max_skips": 1, "rollback_steps": 1, "rollback_skip_batches": 2})
     compute = ShardedWorker.compute
 
-    def spoilt(self: ShardedWorker, position: int, votes: Any) -> tuple[float, float, list[float]]:
-        loss, norm, votes = compute(self, position, votes)
+    def spoilt(self: ShardedWorker, position: int, *rest: Any) -> tuple[float, float, list[float]]:
+        loss, norm, votes = compute(self, position, *rest)
         return float("nan") if position in (3, 6) else loss, norm, votes
 
     ShardedWorker.compute = spoilt
