@@ -564,6 +564,7 @@ def summary(runs: list[Row]) -> Row:
     stalls, gaps, back = ([value for run in runs for value in run[key]] for key in ("stalls_s", "gaps_s", "back_s"))
     goodputs = [run["goodput"] for run in runs if run["goodput"] is not None]
     found = {
+        "repeats": len(runs),
         "goodput": round(statistics.median(goodputs), 4) if goodputs else None,
         "goodput_spread": [round(min(goodputs), 4), round(max(goodputs), 4)] if goodputs else None,
         "kills": len(stalls),
@@ -624,7 +625,7 @@ def report(runs: list[Row], size: Size, versions: dict[str, str]) -> Row:
     ours = found.pop(OURS, {})
     goal = ours.get("4 workers, compute every 30 s")
     met = goal is not None and goal["goodput"] >= GOAL and goal["stall_p95_s"] < GOAL_STALL_S
-    met = met and not goal["lost_steps"] and goal["same_weights"]
+    met = met and not goal["lost_steps"] and goal["same_weights"] and goal["repeats"] >= size.repeats
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "name": "chaos",

@@ -72,6 +72,12 @@ def doctor(named: str) -> Told:
     return result, "\n".join(lines), 0 if fine else 1
 
 
+def identify(name: str) -> Told:
+    """Makes a cluster's token and authority by themselves, for Kubernetes."""
+    place = identity.make(name) / identity.NODE
+    return {"cluster": name, "folder": str(place)}, f"{name}: {place}", 0
+
+
 def up(named: str) -> Told:
     """Creates a cluster, or brings one to what its file says."""
     cluster = launcher.find(named)
@@ -108,7 +114,13 @@ def listed() -> Told:
     return {"clusters": rows}, text or "no cluster was started from here", 0
 
 
-CLUSTER: Mapping[str, Callable[[str], Told]] = {"doctor": doctor, "up": up, "down": down, "status": status}
+CLUSTER: Mapping[str, Callable[[str], Told]] = {
+    "up": up,
+    "status": status,
+    "down": down,
+    "doctor": doctor,
+    "identity": identify,
+}
 
 
 # --------------------------------------------------------------------------------------------------------------- jobs

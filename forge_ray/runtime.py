@@ -370,13 +370,13 @@ def _keep_token(path: Path) -> None:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        _tighten(path)
+        tighten(path)
     else:
         with os.fdopen(fd, "w") as sink:
             sink.write(secrets.token_hex(32))
 
 
-def _tighten(path: Path) -> None:
+def tighten(path: Path) -> None:
     """Takes the token from group and others; only a group may keep it, where the mode is fixed (a mounted secret)."""
     mode = path.stat().st_mode
     try:
@@ -385,10 +385,10 @@ def _tighten(path: Path) -> None:
     except OSError as error:
         if mode & 0o007:
             raise ConfigError(
-                "every user of this machine can read the token that guards the Ray cluster",
+                "every user of this machine can read what guards a Ray cluster",
                 got=f"{path}, mode {mode & 0o777:o}: {error}",
                 wanted="mode 600",
-                do=f"chmod 600 {path} as its owner, or set RAY_AUTH_TOKEN_PATH to a file of your own",
+                do=f"chmod 600 {path} as its owner, or name a file of your own (RAY_AUTH_TOKEN_PATH)",
             ) from None
 
 

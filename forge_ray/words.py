@@ -52,6 +52,7 @@ _USAGES = {
     "serve": "JOB.yaml ... | REF [--section.field VALUE ...] [--dry-run] [--json]",
     "cluster": """plan FILE [--prices FILE.yaml] [--json]
        forge cluster up|status|down|doctor FILE|NAME [--json]
+       forge cluster identity NAME [--json]
        forge cluster list [--json]""",
     "submit": """[STAGE] JOB.yaml ... --cluster FILE|NAME | --address URL [--section.field VALUE ...]
        [--detach] [--json]""",
@@ -79,6 +80,7 @@ result is then shown beside it.""",
     "cluster": """FILE is Ray's own: `ray up`, `ray attach` and `ray dashboard` take it too. plan calls no cloud and
 shows what would be created, what it costs, and what is wrong or unsafe; up refuses that. down looks whether anything
 is left.
+identity makes the token and the authority of a cluster on Kubernetes (cluster/kubernetes/).
 Tokens and certificates are made once for a cluster, in ~/.forge-ray/clusters, and reach its nodes by SSH.""",
     "submit": """STAGE is one of forge's verbs, pretrain unless it is given. The job takes this package and its resolved
 configuration along; its driver runs on the head under --supervise. A lost connection is made again; Ctrl-C leaves the

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from forge_ray import runtime
 from forge_ray.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -87,8 +88,7 @@ def tighten(node: Path) -> None:
     """Takes an identity's files from group and others.
 
     Raises:
-        ConfigError: One is missing.
-        OSError: Their modes cannot be changed.
+        ConfigError: One is missing, or others can read it and its mode cannot be mended.
     """
     missing = [name for name in (TOKEN, CA, CA_KEY) if not (node / name).is_file()]
     if missing:
@@ -97,8 +97,8 @@ def tighten(node: Path) -> None:
             got=f"{node} lacks {', '.join(missing)}",
             do="bring it back from where the cluster was started, or remove the folder and start the cluster anew",
         )
-    for path in (node, *node.iterdir()):
-        path.chmod(0o700 if path.is_dir() else 0o600)
+    for name in (TOKEN, CA, CA_KEY):
+        runtime.tighten(node / name)
 
 
 def token(name: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,74 @@ def test_the_launchers_check_would_notice_a_mistyped_field() -> None:
     _launcher_accepts(good)
     with pytest.raises(jsonschema.ValidationError, match="max_wrkers"):
         _launcher_accepts({**good, "max_wrkers": 1})
+
+
+@cache
+def _kuberay(kind: str) -> Any:
+    """A validator of KubeRay's own schema, as strict as an API server: fields that it does not know are errors."""
+    import jsonschema
+
+    folder = ROOT.parent / "shared" / "kuberay-crds"
+    if not folder.is_dir():
+        pytest.skip("KubeRay's schemas lie beside the repository, not in it")
+    for path in folder.glob("ray.io_*.yaml"):
+        crd = yaml.load(path.read_text(), Loader=yaml.CSafeLoader)
+        if crd["spec"]["names"]["kind"] == kind:
+            (version,) = [row for row in crd["spec"]["versions"] if row["name"] == "v1"]
+            schema = _strict(copy.deepcopy(version["schema"]["openAPIV3Schema"]))
+            schema["properties"]["metadata"] = {"type": "object"}
+            return jsonschema.Draft202012Validator(schema)
+    raise AssertionError(f"no schema of {kind}")
+
+
+def _strict(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _strict(value) for key, value in schema.items()}
+    if found.get("x-kubernetes-int-or-string"):
+        found.pop("type", None)
+        found["anyOf"] = [{"type": "integer"}, {"type": "string"}]
+    closed = "additionalProperties" not in found and not found.get("x-kubernetes-preserve-unknown-fields")
+    if isinstance(found.get("properties"), dict) and closed:
+        found["additionalProperties"] = False
+    return found
+
+
+def _documents() -> list[tuple[str, dict[str, Any]]]:
+    paths = sorted((ROOT / "cluster" / "kubernetes").glob("*.yaml"))
+    return [(f"{path.stem}-{row['kind']}", row) for path in paths for row in yaml.safe_load_all(path.read_text())]
+
+
+@pytest.mark.parametrize(("name", "row"), _documents(), ids=lambda value: value if isinstance(value, str) else "")
+def test_a_manifest_is_accepted_by_kuberay(name: str, row: dict[str, Any]) -> None:
+    if row["apiVersion"] != "ray.io/v1":
+        pytest.skip("not KubeRay's")
+    errors = [
+        f"{'/'.join(map(str, e.absolute_path))}: {e.message[:200]}" for e in _kuberay(row["kind"]).iter_errors(row)
+    ]
+    assert not errors
+    spoilt = {**row, "spec": {**row["spec"], "entrypiont": "x"}}
+    assert list(_kuberay(row["kind"]).iter_errors(spoilt)), "the check would notice"
+
+
+def test_pods_run_as_nobody_with_bounds_a_token_and_certificates() -> None:
+    (cluster,) = [row for name, row in _documents() if name == "cluster-RayCluster"]
+    assert cluster["spec"]["authOptions"]["mode"] == "token"
+    groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
+    for pod in (group["template"]["spec"] for group in groups):
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert [each["name"] for each in pod["initContainers"]] == ["identity"]
+        for container in pod["containers"] + pod["initContainers"]:
+            assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
+            assert container["resources"]["limits"]["memory"]
+        (ray,) = pod["containers"]
+        assert {"name": "RAY_USE_TLS", "value": "1"} in ray["env"]
+        assert not [row for row in ray["env"] if "TOKEN" in row["name"]], "KubeRay takes it from the Secret"
+    (policy,) = [row for name, row in _documents() if name == "cluster-NetworkPolicy"]
+    labels = policy["spec"]["podSelector"]["matchLabels"].items()
+    assert all(labels <= group["template"]["metadata"]["labels"].items() for group in groups)
 
 
 @pytest.mark.parametrize("path", SERVING, ids=_name)

@@ -91,6 +91,28 @@ def test_resizes_deaths_and_a_new_coordinator_change_no_bit_and_lose_no_step(mak
         assert [step for _, step in sorted(steps)] == sorted(step for _, step in steps), "a committed step was lost"
 
 
+def test_in_fast_mode_resizes_and_deaths_change_no_loss_by_a_thousandth(make: Make) -> None:
+    losses = []
+    for faults in (False, True):
+        with make(reduction="fast", steps=90) as crew:
+            names = crew.prepare(3 if faults else 1)
+            crew.call(names[0])
+            if faults:
+                crew.wait_step(5)
+                crew.call(*names[1:])
+                crew.wait_members(3)
+                crew.wait_step(crew.step() + 3)
+                crew.kill(names[1])
+                crew.wait_step(crew.step() + 3)
+                crew.notice(names[2])
+            crew.wait_end()
+            rows = {row["step"]: (row["loss"], row["position"]) for row in crew.events("step")}
+            assert [rows[step][1] for step in range(1, 91)] == list(range(90)), "each sample once"
+            losses.append([rows[step][0] for step in range(1, 91)])
+    # Training doubles a rounding about every ten steps.
+    assert max(abs(one - other) for one, other in zip(*losses, strict=True)) < 1e-3
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_worker_forked_from_a_keeper_that_has_compiled_takes_over_in_the_same_bits(make: Make) -> None:
     weights = []

@@ -44,6 +44,7 @@ class Seat:
     slowest_s: float = 0.0
     replaced_s: float | None = None
     draining: bool = False
+    stopping: bool = False
 
 
 class Membership:
@@ -212,6 +213,10 @@ class Membership:
         staying = [name for name in members if name not in leaving]
         if leaving and (staying or waiting):
             self._form([*staying, *waiting], "drain", now_s, joined=waiting, leaving=leaving, voluntary=True)
+        elif leaving:  # all of them, and nobody comes: the first keeps the state in the store
+            self._out += [(name, {"kind": "stop"}) for name in leaving if not self.seats[name].stopping]
+            for name in leaving:
+                self.seats[name].stopping = True
         elif waiting and self._ready_since_s is not None and now_s - self._ready_since_s >= _SETTLE_S:
             self._form([*members, *waiting], "join", now_s, joined=waiting, voluntary=True)
 

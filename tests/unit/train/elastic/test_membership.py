@@ -148,6 +148,17 @@ def test_a_drained_seat_leaves_at_a_boundary_and_does_not_come_back() -> None:
     assert [row["what"] for row in play.news if row["seat"] == "b"] == ["came", "notice"]
 
 
+def test_when_all_are_to_leave_and_nobody_comes_they_are_told_to_end_once() -> None:
+    play = Play().started("a", "b")
+    for name in ("a", "b"):
+        play.rules.drain(name, play.now_s, "spot")
+    out = play.take()
+    assert {name: message["rank"] for name, message in out} == {"b": 0, "a": -1}, "a leaves first"
+    play.obey(out)
+    assert [(name, message["kind"]) for name, message in play.wait(1.0)] == [("b", "stop")]
+    assert play.wait(5.0) == []
+
+
 def test_spares_beyond_the_most_wait_until_a_place_is_free() -> None:
     play = Play(most=2).started("a", "b")
     play.ready("c")
