@@ -85,6 +85,7 @@ class Verdict:
 class Account:
     """The ledger's state; the parts sum to `wall_s`.
 
+    `loss` is that of the last committed step, `saved_s` the time since the epoch of the newest checkpoint.
     `num_tokens` counts each committed step once. `num_unrecorded` steps must have been committed, because later ones
     were, but their records died with a worker before they were published. `usd` is none where no price is known.
     """
@@ -102,6 +103,8 @@ class Account:
     num_unrecorded: int
     num_tokens: int
     world_size: int
+    loss: float | None
+    saved_s: float | None
     node_hours: float
     usd: float | None
     ettr_hour_min_frac: float | None
@@ -205,6 +208,8 @@ def metrics(account: Account) -> dict[str, float]:
         "forge_tokens_per_second": account.tokens_per_s,
         "forge_repeated_steps": account.num_repeated,
         "forge_world_size": account.world_size,
+        "forge_loss_nats_per_token": account.loss,
+        "forge_last_checkpoint_timestamp_seconds": account.saved_s,
         "forge_faults": len(account.faults),
         "forge_stall_p50_seconds": account.stall_s(0.5),
         "forge_stall_p95_seconds": account.stall_s(0.95),
@@ -252,6 +257,8 @@ class Ledger:
         self._verdicts: list[Verdict] = []
         self._hour: deque[tuple[int, int]] = deque()
         self._hour_min_frac: float | None = None
+        self._loss: float | None = None
+        self._saved_us: int | None = None
 
     def add(self, event: Mapping[str, Any]) -> Span | None:
         """Takes one record, as `Events` keeps it; a committed step returns what it settled.
@@ -265,6 +272,7 @@ class Ledger:
             span = self._step_again(time_us, event)
         elif kind == "step":
             span = self._step(time_us, event)
+            self._loss = event.get("loss", self._loss)
         elif kind == "start":
             self._start(time_us, event)
         elif kind == "form":
@@ -272,7 +280,7 @@ class Ledger:
         elif kind == "seat":
             self._seat(time_us, event)
         elif kind == "checkpoint":
-            self._gap.saved = True
+            self._gap.saved, self._saved_us = True, time_us
             self._saving_us += _us(event.get("stall_s"))
         elif kind == "guard":
             self._guard(time_us, event)
@@ -298,6 +306,8 @@ class Ledger:
             num_unrecorded=self._num_unrecorded,
             num_tokens=self._num_tokens,
             world_size=self._world_size,
+            loss=self._loss,
+            saved_s=None if self._saved_us is None else self._saved_us / 1e6,
             node_hours=hours,
             usd=hours * self._usd_per_node_hour if self._usd_per_node_hour else None,
             ettr_hour_min_frac=self._hour_min_frac,
