@@ -256,7 +256,10 @@ def answers(message: list[Any], inp: Any, out: Any) -> Iterator[list[Any]]:
     except MemoryError:
         yield ["fail", MEMORY, kind]
     except ImportError as error:
-        yield ["fail", MISSING, f"{error.name}: install forge-ray[office]"]
+        if (error.name or "").partition(".")[0] in ("pypdfium2", "docx"):
+            yield ["fail", MISSING, f"{error.name}: install forge-ray[office]"]
+        else:  # what is always there and cannot be mapped
+            yield ["fail", MEMORY, f"{kind}: {error}"[:200]]
     except Exception as error:
         name = {"pdf": "PDF", "docx": "DOCX", "html": "HTML", "parquet": "Parquet"}[kind]
         memory = "memory" in str(error).lower() and type(error).__name__ == "ArrowMemoryError"

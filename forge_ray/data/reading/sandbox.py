@@ -68,7 +68,7 @@ def parse(
                     yield answer
         except Unreadable as error:
             outside = error.detail in _FROM_OUTSIDE
-            if error.kind in (CRASHED, SLOW):
+            if error.kind in (CRASHED, SLOW, parsers.MEMORY):  # what memory it holds on to, the next file would lack
                 child.kill()
             else:
                 _idle.append(child)
