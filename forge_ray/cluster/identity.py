@@ -142,19 +142,19 @@ def issue(node: Path, out: Path) -> bool:
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     # The certificate last: without it, or with that of another key, nothing starts and the next try makes both again.
     (out / CERTIFICATE).unlink(missing_ok=True)
-    _put(out / KEY, _pem_of_key(own))
-    _put(out / CERTIFICATE, _pem(certificate))
+    put(out / KEY, _pem_of_key(own))
+    put(out / CERTIFICATE, _pem(certificate))
     return True
 
 
 def _write_new(node: Path, name: str) -> None:
     key = _new_key()
-    _put(node / TOKEN, secrets.token_hex(32).encode())
-    _put(node / CA_KEY, _pem_of_key(key))
-    _put(node / CA, _pem(_signed(f"forge-ray {name}"[:64], key, None, key, _CA_DAYS, [])))
+    put(node / TOKEN, secrets.token_hex(32).encode())
+    put(node / CA_KEY, _pem_of_key(key))
+    put(node / CA, _pem(_signed(f"forge-ray {name}"[:64], key, None, key, _CA_DAYS, [])))
 
 
-def _put(path: Path, data: bytes) -> None:
+def put(path: Path, data: bytes) -> None:
     """A file that only its owner reads, from its first byte on; it is whole or not there."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as sink:

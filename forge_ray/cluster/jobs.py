@@ -76,9 +76,7 @@ def submit(verb: str, config: str, *, cluster: str, address: str) -> Record:
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
-    new = place / f".{_RECORD}"
-    new.write_text(json.dumps(asdict(record)))
-    new.rename(place / _RECORD)
+    identity.put(place / _RECORD, json.dumps(asdict(record)).encode())
     return record
 
 

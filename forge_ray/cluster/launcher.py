@@ -68,9 +68,7 @@ def up(definition: Definition) -> str:
             do=f"mend what it says and run the same command again, or `{_command('down', definition)}`",
         )
     record = {"file": str(definition.path.resolve()), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    new = place / f".{_RECORD}"
-    new.write_text(json.dumps(record))
-    new.rename(place / _RECORD)
+    identity.put(place / _RECORD, json.dumps(record).encode())
     return head_address(definition)
 
 
